@@ -1,0 +1,194 @@
+"""``clipped_grad``: from a one-example loss to a sum of clipped gradients with its sensitivity."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from dpjax.clipping.norms import clip_and_sum
+from dpjax.errors import DpjaxError
+from dpjax.types import ClipInfo, LossFn, NeighboringRelation, PyTree, as_neighboring_relation
+
+Method = Literal["auto", "vmap"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClippedGrad:
+    """A function from ``(params, batch)`` to the sum of clipped gradients. Made by `clipped_grad`.
+
+    Its fields are public configuration; private data and parameters enter at call time.
+    """
+
+    loss_fn: LossFn
+    l2_clip_norm: float
+    method: Method
+    microbatch_size: int | None
+    has_aux: bool
+    normalize_by: float
+
+    def sensitivity(
+        self, neighboring_relation: NeighboringRelation | str = "add_or_remove_one"
+    ) -> float:
+        """Largest L2 change of the returned sum between neighbouring batches.
+
+        Example:
+          >>> grad_fn = clipped_grad(lambda p, x: p * x, l2_clip_norm=2.0, normalize_by=4.0)
+          >>> grad_fn.sensitivity("add_or_remove_one"), grad_fn.sensitivity("replace_one")
+          (0.5, 1.0)
+        """
+        relation = as_neighboring_relation(neighboring_relation)
+        changed = 2.0 if relation is NeighboringRelation.REPLACE_ONE else 1.0
+        return changed * self.l2_clip_norm / self.normalize_by
+
+    def __call__(
+        self,
+        params: PyTree,
+        batch: PyTree,
+        is_padding_example: Bool[Array, " batch"] | None = None,
+    ) -> tuple[PyTree, ClipInfo]:
+        """Sum of clipped gradients over ``batch``; see `clipped_grad`."""
+        size = _batch_size(batch, is_padding_example)
+        if self.microbatch_size is None or self.microbatch_size >= size:
+            total, info = self._one_pass(params, batch, is_padding_example)
+        else:
+            total, info = self._scan_microbatches(params, batch, is_padding_example, size)
+        if self.normalize_by != 1.0:
+            total = jax.tree.map(lambda x: x / self.normalize_by, total)
+        return total, info
+
+    def _one_pass(self, params, batch, is_padding_example) -> tuple[PyTree, ClipInfo]:
+        value_and_grad = jax.value_and_grad(self.loss_fn, has_aux=self.has_aux)
+        value, grads = jax.vmap(value_and_grad, in_axes=(None, 0))(params, batch)
+        losses, aux = value if self.has_aux else (value, None)
+        total, norms = clip_and_sum(grads, self.l2_clip_norm, is_padding_example)
+        losses = losses.astype(jnp.float32)
+        norms = norms.astype(jnp.float32)
+        if is_padding_example is not None:
+            losses = jnp.where(is_padding_example, 0.0, losses)
+            norms = jnp.where(is_padding_example, 0.0, norms)
+        return total, ClipInfo(norms, losses, aux)
+
+    def _scan_microbatches(self, params, batch, is_padding_example, size):
+        """Loops over microbatches, so that memory does not grow with the batch."""
+        assert self.microbatch_size is not None
+        count = -(-size // self.microbatch_size)
+        if is_padding_example is None:
+            is_padding_example = jnp.zeros(size, bool)
+        missing = count * self.microbatch_size - size
+        if missing:
+            batch = jax.tree.map(
+                lambda x: jnp.concatenate([x, jnp.repeat(x[:1], missing, axis=0)]), batch
+            )
+            is_padding_example = jnp.concatenate([is_padding_example, jnp.ones(missing, bool)])
+
+        # Microbatch k takes rows k, k + count, k + 2 count, ...: a batch axis that is sharded over
+        # devices then stays sharded within every microbatch, without moving a row.
+        def split(x):
+            return jnp.moveaxis(x.reshape(self.microbatch_size, count, *x.shape[1:]), 1, 0)
+
+        def join(x):
+            return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])[:size]
+
+        chunks = jax.tree.map(split, (batch, is_padding_example))
+        shapes = jax.eval_shape(lambda c: self._one_pass(params, *c), _first(chunks))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+        def body(total, chunk):
+            # A microbatch of padding alone is skipped at run time: Poisson sampling leaves many.
+            partial, info = jax.lax.cond(
+                jnp.all(chunk[1]), lambda _: zeros, lambda c: self._one_pass(params, *c), chunk
+            )
+            return jax.tree.map(jnp.add, total, partial), info
+
+        total, infos = jax.lax.scan(body, zeros[0], chunks)
+        return total, jax.tree.map(join, infos)
+
+
+def clipped_grad(
+    loss_fn: LossFn,
+    l2_clip_norm: float,
+    method: Method = "auto",
+    microbatch_size: int | None = None,
+    has_aux: bool = False,
+    normalize_by: float = 1.0,
+) -> ClippedGrad:
+    """Turns a one-example loss into a function that returns the sum of clipped gradients.
+
+    Args:
+      loss_fn: ``loss_fn(params, example) -> scalar`` for ONE example (no batch axis); with
+        ``has_aux`` it returns ``(scalar, aux)``.
+      l2_clip_norm: largest L2 norm of one example's gradient, over all leaves together; ``inf``
+        gives plain summed gradients and infinite sensitivity.
+      method: "vmap" holds one gradient per example of a microbatch; "auto" picks the cheapest
+        method that gives the same numbers (today that is "vmap").
+      microbatch_size: examples differentiated at once; memory follows this, not the batch. None
+        means the whole batch. A batch that is not a multiple is padded internally.
+      has_aux: whether ``loss_fn`` returns auxiliary output, found in ``info.sensitive_aux``.
+      normalize_by: a public constant that divides the sum and the sensitivity. Never the realised
+        batch size, which is private under Poisson sampling.
+
+    Returns:
+      ``grad_fn(params, batch, is_padding_example=None) -> (sum_of_clipped_grads, info)``, with
+      ``grad_fn.sensitivity(neighboring_relation)``. Leaves of the sum have the parameters' shapes
+      in float32 (or wider). ``info.sensitive_norms`` and ``info.sensitive_losses`` are
+      float32[batch], in the batch's order, 0 on padding.
+
+    Raises:
+      DpjaxError: a bad clip norm, method, microbatch size, normaliser or batch shape.
+
+    Guarantee:
+      For batches that differ by adding or removing one example, the two sums differ by at most
+      ``l2_clip_norm / normalize_by`` in L2; by replacing one, at most twice that; up to float32
+      rounding. Examples cannot influence each other's terms. A NaN or infinity in one example
+      equals that example's removal. Padding rows add exactly zero, whatever they hold. An empty
+      batch gives zeros. Norms and the sum are computed in float32 even for bfloat16 parameters.
+
+    Source: Abadi et al. (2016), Algorithm 1, without its division by the batch size.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> grad_fn = clipped_grad(lambda w, x: jnp.dot(w, x), l2_clip_norm=5.0)
+      >>> total, info = grad_fn(jnp.zeros(2), jnp.array([[6.0, 8.0], [0.0, 0.5]]))
+      >>> print(total, info.sensitive_norms)
+      [3.  4.5] [10.   0.5]
+    """
+    if not l2_clip_norm > 0:
+        raise DpjaxError(f"l2_clip_norm is {l2_clip_norm}; it must be positive, e.g. 1.0")
+    if method not in ("auto", "vmap"):
+        raise DpjaxError(f"method is {method!r}; use one of: auto, vmap")
+    if microbatch_size is not None and microbatch_size < 1:
+        raise DpjaxError(
+            f"microbatch_size is {microbatch_size}; use a positive integer, or None for one pass"
+        )
+    if not (normalize_by > 0 and math.isfinite(normalize_by)):
+        raise DpjaxError(
+            f"normalize_by is {normalize_by}; use a positive public constant, "
+            "e.g. the expected batch size"
+        )
+    return ClippedGrad(
+        loss_fn, float(l2_clip_norm), method, microbatch_size, has_aux, float(normalize_by)
+    )
+
+
+def _first(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+def _batch_size(batch: Any, is_padding_example: Any) -> int:
+    leaves = jax.tree.leaves(batch)
+    sizes = {jnp.shape(leaf)[:1] for leaf in leaves}
+    if len(sizes) != 1 or () in sizes:
+        shapes = [tuple(jnp.shape(leaf)) for leaf in leaves]
+        raise DpjaxError(
+            f"batch leaves have shapes {shapes}; every leaf needs the same leading batch axis"
+        )
+    (size,) = sizes.pop()
+    if is_padding_example is not None and jnp.shape(is_padding_example) != (size,):
+        raise DpjaxError(
+            f"is_padding_example has shape {tuple(jnp.shape(is_padding_example))}; "
+            f"it must be ({size},), one flag per example"
+        )
+    return size

@@ -1,0 +1,300 @@
+"""One frozen configuration that couples clipping, noise, sampling and accounting.
+
+This is the only file that joins the four. The accountant's event is built from the very sampler and
+noise multiplier that training uses, so a guarantee cannot be computed for a run that did not happen.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import dp_accounting
+import numpy as np
+import optax
+
+from dpjax import accounting
+from dpjax import sampling as samplers
+from dpjax.clipping import ClippedGrad, clipped_grad
+from dpjax.errors import DpjaxError
+from dpjax.noise import gaussian_privatizer
+from dpjax.types import (
+    LossFn,
+    NeighboringRelation,
+    PyTree,
+    RandomKey,
+    as_neighboring_relation,
+    require_key,
+)
+
+Sampling = Literal["poisson", "truncated_poisson", "fixed_size", "shuffled"]
+
+_SAMPLERS = {
+    "poisson": samplers.PoissonSampler,
+    "truncated_poisson": samplers.TruncatedPoissonSampler,
+    "fixed_size": samplers.FixedSizeSampler,
+    "shuffled": samplers.ShuffledSampler,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DPSGD:
+    """Differentially private SGD: sample, clip, sum, add Gaussian noise.
+
+    Give exactly one of ``noise_multiplier`` and (``target_epsilon``, ``target_delta``); from a
+    target the noise multiplier is calibrated once, when it is first read.
+
+    Attributes:
+      l2_clip_norm: largest L2 norm of one example's gradient; ``inf`` only without noise.
+      sampling_probability: of one example in one iteration, in (0, 1]. For "fixed_size" and
+        "shuffled" the batch is ``round(sampling_probability * population)``.
+      iterations: noisy releases planned.
+      noise_multiplier: stddev / sensitivity under ``neighboring_relation``; 0 is "no privacy".
+      target_epsilon: nats.
+      target_delta: in (0, 1).
+      sampling: "poisson", "truncated_poisson", "fixed_size" or "shuffled".
+      population: number of examples, taken as public; needed by all but "poisson".
+      truncated_batch_size: for "truncated_poisson".
+      normalize_by: public constant that divides the sum, e.g. the expected batch size.
+      neighboring_relation: default: the sampler's own first one.
+      microbatch_size: examples differentiated at once; None is the whole physical batch.
+      clipping_method: see `clipped_grad`.
+      accountant: "rdp" or "pld", used to calibrate.
+
+    Raises:
+      DpjaxError: contradictory or impossible settings.
+
+    Guarantee:
+      ``dp_event`` describes what ``sampler`` and ``privatizer`` do, iteration by iteration, under
+      ``neighboring_relation``; a relation for which the sampler's amplification is not proven is
+      refused. The unit of privacy is one row of the data set.
+
+    Source: Abadi et al. (2016); Ponomareva et al. (2023) for the choices.
+
+    Example:
+      >>> mechanism = DPSGD(1.0, 0.04, 2250, noise_multiplier=1.5)
+      >>> print(f"{mechanism.epsilon(1e-5):.3f}")
+      7.329
+      >>> calibrated = DPSGD(1.0, 0.04, 2250, target_epsilon=7.33, target_delta=1e-5)
+      >>> print(f"{calibrated.noise_multiplier:.2f}")
+      1.50
+    """
+
+    l2_clip_norm: float
+    sampling_probability: float
+    iterations: int
+    noise_multiplier: float | None = None
+    target_epsilon: float | None = None
+    target_delta: float | None = None
+    sampling: Sampling = "poisson"
+    population: int | None = None
+    truncated_batch_size: int | None = None
+    normalize_by: float = 1.0
+    neighboring_relation: NeighboringRelation | str | None = None
+    microbatch_size: int | None = None
+    clipping_method: Literal["auto", "vmap"] = "auto"
+    accountant: accounting.Accountant = "rdp"
+
+    def __post_init__(self):
+        if self.sampling not in _SAMPLERS:
+            raise DpjaxError(f"sampling is {self.sampling!r}; use one of: {', '.join(_SAMPLERS)}")
+        if self.iterations < 1:
+            raise DpjaxError(f"iterations is {self.iterations}; it must be at least 1")
+        by_target = self.target_epsilon is not None or self.target_delta is not None
+        if (self.noise_multiplier is None) != by_target:
+            raise DpjaxError(
+                f"noise_multiplier is {self.noise_multiplier}, target_epsilon is "
+                f"{self.target_epsilon}, target_delta is {self.target_delta}; give either the noise"
+                " multiplier or both targets"
+            )
+        proven = _SAMPLERS[self.sampling].neighboring_relations
+        relation = self.neighboring_relation
+        relation = proven[0] if relation is None else as_neighboring_relation(relation)
+        if relation not in proven:
+            names = ", ".join(r.name.lower() for r in proven)
+            raise DpjaxError(
+                f"neighboring_relation is {relation.name.lower()}, for which {self.sampling} "
+                f"sampling has no proven accounting; use one of: {names}"
+            )
+        object.__setattr__(self, "neighboring_relation", relation)
+        if self.sampling != "poisson" and self.population is None:
+            raise DpjaxError(f"population is None; {self.sampling} sampling needs it, e.g. len(data)")
+        if (self.sampling == "truncated_poisson") != (self.truncated_batch_size is not None):
+            raise DpjaxError(
+                f"truncated_batch_size is {self.truncated_batch_size} with {self.sampling} "
+                "sampling; it belongs to truncated_poisson, and only there"
+            )
+        if by_target:
+            if self.target_epsilon is None or self.target_delta is None:
+                missing = "target_epsilon" if self.target_epsilon is None else "target_delta"
+                raise DpjaxError(f"{missing} is missing; a budget is (target_epsilon, target_delta)")
+            accounting.check_epsilon(self.target_epsilon)
+            accounting.check_delta(self.target_delta, self.population)
+        # Building the parts once checks the remaining fields where they are understood.
+        self._sampler(self.population or 1, None)
+        self.clipped_grad(_no_loss)
+        if by_target:
+            object.__setattr__(self, "noise_multiplier", self._calibrated_noise_multiplier())
+        if not (self._noise >= 0 and math.isfinite(self._noise)):
+            raise DpjaxError(
+                f"noise_multiplier is {self._noise}; it must be finite and at least 0"
+            )
+        if self._noise > 0 and not math.isfinite(self.l2_clip_norm):
+            raise DpjaxError(
+                f"l2_clip_norm is inf with noise_multiplier {self._noise:g}: no noise covers an "
+                "unbounded gradient; use e.g. 1.0"
+            )
+
+    @property
+    def _noise(self) -> float:
+        assert self.noise_multiplier is not None
+        return self.noise_multiplier
+
+    @property
+    def relation(self) -> NeighboringRelation:
+        """``neighboring_relation`` with the sampler's default filled in."""
+        assert isinstance(self.neighboring_relation, NeighboringRelation)
+        return self.neighboring_relation
+
+    def _calibrated_noise_multiplier(self) -> float:
+        assert self.target_epsilon is not None and self.target_delta is not None
+        return accounting.calibrate_noise_multiplier(
+            lambda noise_multiplier: self._event(noise_multiplier, self.iterations),
+            self.target_epsilon,
+            self.target_delta,
+            self.accountant,
+            self.relation,
+        )
+
+    def _sampler(self, population: int, key: RandomKey | None) -> samplers.Sampler:
+        if self.sampling == "poisson":
+            return samplers.PoissonSampler(
+                population,
+                key,
+                self.microbatch_size or 1,
+                sampling_probability=self.sampling_probability,
+            )
+        if self.sampling == "truncated_poisson":
+            return samplers.TruncatedPoissonSampler(
+                population,
+                key,
+                self.microbatch_size or 1,
+                sampling_probability=self.sampling_probability,
+                truncated_batch_size=self.truncated_batch_size or 0,
+            )
+        kind = samplers.FixedSizeSampler
+        if self.sampling == "shuffled":
+            kind = samplers.ShuffledSampler
+        size = max(1, round(self.sampling_probability * population))
+        return kind(population, key, self.microbatch_size or 1, fixed_batch_size=size)
+
+    def _event(self, noise_multiplier: float, iterations: int) -> dp_accounting.DpEvent:
+        if noise_multiplier == 0.0 and iterations > 0:
+            return dp_accounting.NonPrivateDpEvent()
+        described = self._sampler(self.population or 1, None)
+        return samplers.composed_dp_event(described, noise_multiplier, iterations)
+
+    @property
+    def dp_event(self) -> dp_accounting.DpEvent:
+        """dp_accounting event of all planned iterations."""
+        return self.dp_event_after(self.iterations)
+
+    def dp_event_after(self, iterations: int) -> dp_accounting.DpEvent:
+        """dp_accounting event of the first ``iterations`` iterations."""
+        return self._event(self._noise, iterations)
+
+    @property
+    def is_private(self) -> bool:
+        """Whether any guarantee is claimed at all."""
+        return self._noise > 0
+
+    @property
+    def stddev(self) -> float:
+        """Absolute noise standard deviation per coordinate of the (normalised) sum."""
+        if not self.is_private:
+            return 0.0
+        return self._noise * self.clipped_grad(_no_loss).sensitivity(self.relation)
+
+    def epsilon(
+        self,
+        delta: float,
+        accountant: accounting.Accountant = "rdp",
+        iterations: int | None = None,
+    ) -> float:
+        """Epsilon of ``iterations`` (default: all planned) at ``delta``, in nats."""
+        planned = self.iterations if iterations is None else iterations
+        accounting.check_delta(delta, self.population)
+        return accounting.epsilon(self.dp_event_after(planned), delta, accountant, self.relation)
+
+    def epsilon_curve(self, delta: float) -> np.ndarray:
+        """RDP epsilon after 0, 1, ..., ``iterations`` iterations: float64[iterations + 1]."""
+        counts = np.arange(self.iterations + 1)
+        if not self.is_private:
+            return np.where(counts > 0, np.inf, 0.0)
+        described = self._sampler(self.population or 1, None)
+        if isinstance(described, samplers.ShuffledSampler):
+            counts = -(-counts // described.batches_per_epoch)
+        unique, inverse = np.unique(counts, return_inverse=True)
+        curve = accounting.epsilon_curve(
+            described.dp_event(self._noise), unique, delta, self.relation
+        )
+        return curve[inverse]
+
+    def sampler(self, population: int, key: RandomKey) -> samplers.Sampler:
+        """The sampler that this mechanism accounts for, over ``population`` examples."""
+        if self.population is not None and population != self.population:
+            raise DpjaxError(
+                f"the data set has {population} examples, but the mechanism was accounted for "
+                f"population {self.population}; build it with population=len(dataset)"
+            )
+        return self._sampler(population, require_key(key))
+
+    def planned_sampler(self, population: int) -> samplers.Sampler:
+        """The same sampler without a key: good for accounting, not for drawing."""
+        return self._sampler(population, None)
+
+    def check_sampler(self, sampler: samplers.Sampler) -> None:
+        """Refuses a sampler other than the one whose epsilon this mechanism states.
+
+        Example:
+          >>> from dpjax.sampling import ShuffledSampler
+          >>> mechanism = DPSGD(1.0, 0.1, 100, noise_multiplier=1.0)
+          >>> mechanism.check_sampler(ShuffledSampler(1000, fixed_batch_size=100))
+          Traceback (most recent call last):
+          ...
+          dpjax.errors.DpjaxError: the sampler is shuffled, but the mechanism accounts for poisson \
+sampling; a poisson epsilon does not hold for it: build the mechanism with sampling='shuffled'
+        """
+        if sampler.name != self.sampling:
+            raise DpjaxError(
+                f"the sampler is {sampler.name}, but the mechanism accounts for {self.sampling} "
+                f"sampling; a {self.sampling} epsilon does not hold for it: "
+                f"build the mechanism with sampling={sampler.name!r}"
+            )
+        expected = self._sampler(sampler.population, None).dp_event(self._noise)
+        found = sampler.dp_event(self._noise)
+        if found != expected:
+            raise DpjaxError(
+                f"the sampler's event is {found}, but the mechanism accounts for {expected}; "
+                "take the sampler from mechanism.sampler(population, key)"
+            )
+
+    def clipped_grad(self, loss_fn: LossFn, has_aux: bool = False) -> ClippedGrad:
+        """`dpjax.clipped_grad` with this mechanism's norm, normaliser and microbatch."""
+        return clipped_grad(
+            loss_fn,
+            self.l2_clip_norm,
+            method=self.clipping_method,
+            microbatch_size=self.microbatch_size,
+            has_aux=has_aux,
+            normalize_by=self.normalize_by,
+        )
+
+    def privatizer(self, key: RandomKey) -> optax.GradientTransformation:
+        """Gaussian noise scaled to the clipped gradient's own sensitivity."""
+        return gaussian_privatizer(self.stddev, key)
+
+
+def _no_loss(params: PyTree, example: PyTree) -> PyTree:
+    """Stands in where only the sensitivity of clipping is asked for."""
+    del example
+    return params
