@@ -123,7 +123,7 @@ def shakespeare() -> list[Record]:
                     records.append(Record("\n".join(lines), f"{path.stem}/{speaker}"))
                 speaker, lines = (named[1] if named else None), []
             elif line.strip():
-                lines.append(_ESCAPED.sub(r"\1", line.strip()))
+                lines.append(_ESCAPED.sub(r"\1", line.strip().strip("_")))
     if not records:
         raise DpjaxError(f"{folder} holds no plays; reinstall with: {_INSTALL_TEXT}")
     return records

@@ -4,7 +4,7 @@ Private text is read without leaving copies. Text formats (jsonl, json, csv, tsv
 with the standard library and not with the loaders of ``datasets``, because those guess types: a
 column of "2018-05-02" becomes timestamps, the text "NA" becomes a null and the user "007" becomes
 7, and their errors name no line. Parquet, Arrow, saved datasets and the hub go through
-``datasets``, local files in its streaming mode, which writes no Arrow copy to a shared cache.
+``datasets``, local files in ways that write no copy to a shared cache and use no network.
 """
 
 from __future__ import annotations
@@ -267,13 +267,22 @@ def _rows_of(
         return f"{paths[0]} and {len(paths) - 1} more", _rows_of_files(paths, paragraphs)
     if not isinstance(source, (str, os.PathLike)):
         return "the dataset", _rows_of_loaded(source, split)
+    if not str(source):
+        raise DpjaxError("source is empty; pass a path or a hub id")  # Path("") is this folder
     path = Path(source).expanduser()
     if path.is_dir():
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             import datasets
 
             return str(path), _rows_of_loaded(datasets.load_from_disk(str(path)), split)
-        paths = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in _SUFFIXES)
+        # Hidden files and folders belong to tools (.git, .venv), not to the corpus.
+        paths = sorted(
+            p
+            for p in path.rglob("*")
+            if p.is_file()
+            and _suffix(p) in _SUFFIXES
+            and not any(part.startswith(".") for part in p.relative_to(path).parts)
+        )
         if not paths:
             raise DpjaxError(f"folder {path} holds no {', '.join(_SUFFIXES)} file; check the path")
         return str(path), _rows_of_files(paths, paragraphs)
@@ -286,7 +295,6 @@ def _rows_of(
         or text.startswith((".", "~", os.sep))
         or text.count("/") > 1
         or "\\" in text
-        or not text
     )
     if looks_like_a_path:
         raise DpjaxError(f"no file or folder at {text!r}; check the path")
@@ -431,19 +439,18 @@ def _rows_of_columnar(path: Path, suffix: str) -> Iterator[_Row]:
     import datasets
     import pyarrow
 
-    # Streaming reads the file in place. Without it `datasets` keeps an Arrow copy of the private
-    # text under the home folder, where it outlives this run. The lock files that it still makes go
-    # to a folder that is removed.
+    # Neither way goes through datasets.load_dataset, which reports every use to the hub, for local
+    # files too. Streaming reads the file in place, and an Arrow file is mapped: nothing puts a copy
+    # of the private text under the home folder, where it would outlive this run. The lock files
+    # that are still made go to a folder that is removed.
     with tempfile.TemporaryDirectory() as cache:
         try:
-            loaded = datasets.load_dataset(
-                suffix.removeprefix("."),
-                # A path is a pattern to `datasets`: without escaping, "a[1].parquet" is not found.
-                data_files=glob.escape(str(path.resolve())),
-                split="train",
-                streaming=True,
-                cache_dir=cache,
-            )
+            if suffix == ".arrow":
+                loaded: Any = datasets.Dataset.from_file(str(path))
+            else:
+                # A path is a pattern to `datasets`: unescaped, "a[1].parquet" is not found.
+                pattern = glob.escape(str(path.resolve()))
+                loaded = datasets.Dataset.from_parquet(pattern, cache_dir=cache, streaming=True)
             for row in _rows_of_loaded(loaded, "train"):
                 yield row._replace(where=f"{path} {row.where}")
         except (pyarrow.ArrowException, OSError) as error:

@@ -1,7 +1,6 @@
 """Tokenised examples of a fixed length, each with the person it came from.
 
-Everything here is private data: it is passed to functions, never stored in a configuration, and
-only counts, lengths and hashes of it are ever printed.
+All of it is private: passed to functions, never kept in a configuration, never printed.
 """
 
 from __future__ import annotations
