@@ -15,7 +15,7 @@ from dpjax.types import PyTree, RandomKey, require_key
 
 def choose_token(
     logits: Float[Array, " vocabulary"],
-    key: RandomKey,
+    key: RandomKey | None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -31,6 +31,7 @@ def choose_token(
     if temperature == 0.0:
         return jnp.argmax(logits).astype(jnp.int32)
     scaled = logits / temperature
+    assert key is not None
     if top_k is not None:
         lowest_kept = jax.lax.top_k(scaled, min(top_k, scaled.shape[0]))[0][-1]
         scaled = jnp.where(scaled < lowest_kept, -jnp.inf, scaled)
@@ -46,27 +47,28 @@ def choose_token(
 @functools.partial(
     jax.jit, static_argnames=("config", "new_tokens", "temperature", "top_k", "top_p")
 )
-def _generate(config, params, prompts, lengths, key, *, new_tokens, temperature, top_k, top_p):
+def _generate(config, params, prompts, lengths, keys, *, new_tokens, temperature, top_k, top_p):
     buffers = jnp.pad(prompts, ((0, 0), (0, new_tokens)))
 
     def one(buffer, length, key):
         def body(i, buffer):
             at = length + i
             logits = apply(config, params, buffer)[at - 1]
-            token = choose_token(logits, jax.random.fold_in(key, i), temperature, top_k, top_p)
+            drawn_with = None if key is None else jax.random.fold_in(key, i)
+            token = choose_token(logits, drawn_with, temperature, top_k, top_p)
             return buffer.at[at].set(token)
 
         buffer = jax.lax.fori_loop(0, new_tokens, body, buffer)
         return jax.lax.dynamic_slice(buffer, (length,), (new_tokens,))
 
-    return jax.vmap(one)(buffers, lengths, jax.random.split(key, prompts.shape[0]))
+    return jax.vmap(one)(buffers, lengths, keys)
 
 
 def generate(
     config: DecoderConfig,
     params: PyTree,
     prompts: Sequence[Sequence[int]],
-    key: RandomKey,
+    key: RandomKey | None,
     *,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
@@ -79,7 +81,7 @@ def generate(
     Args:
       config, params: the model.
       prompts: token ids, each non-empty; lengths may differ.
-      key: JAX random key.
+      key: JAX random key; None only with temperature 0, which draws nothing.
       max_new_tokens: tokens to draw per prompt.
       temperature: 0 is greedy; 1 samples the model's distribution.
       top_k, top_p: keep only the most likely tokens before drawing.
@@ -119,6 +121,9 @@ def generate(
         raise DpjaxError(f"top_k is {top_k}; it must be at least 1, or None")
     if top_p is not None and not 0 < top_p <= 1:
         raise DpjaxError(f"top_p is {top_p}; it must be in (0, 1], or None")
+    keys = None
+    if temperature > 0:
+        keys = jax.random.split(require_key(key), len(prompts))
     # Round the width up, so that prompts of similar length share one compilation.
     width = -(-max(len(prompt) for prompt in prompts) // 16) * 16
     padded = np.zeros((len(prompts), width), np.int32)
@@ -130,7 +135,7 @@ def generate(
         params,
         padded,
         lengths,
-        require_key(key),
+        keys,
         new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,

@@ -1,6 +1,6 @@
 """Per-example gradient clipping: the sum of clipped gradients and its sensitivity."""
 
-from dpjax.clipping.api import ClippedGrad, clipped_grad
+from dpjax.clipping.api import ClippedGrad, clipped_grad, microbatch_order
 from dpjax.clipping.norms import clip_and_sum, per_example_l2_norms
 
-__all__ = ["ClippedGrad", "clip_and_sum", "clipped_grad", "per_example_l2_norms"]
+__all__ = ["ClippedGrad", "clip_and_sum", "clipped_grad", "microbatch_order", "per_example_l2_norms"]

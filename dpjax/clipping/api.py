@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool
 
 from dpjax.clipping.norms import clip_and_sum
@@ -171,6 +172,23 @@ def clipped_grad(
     return ClippedGrad(
         loss_fn, float(l2_clip_norm), method, microbatch_size, has_aux, float(normalize_by)
     )
+
+
+def microbatch_order(size: int, microbatch_size: int) -> np.ndarray:
+    """Permutation of a batch after which microbatch k holds rows k*m to (k+1)*m of the original.
+
+    Microbatches are strided (see `ClippedGrad`), so rows that belong together, such as padding at
+    the end of a batch, are put together with ``batch[microbatch_order(size, m)]``.
+
+    Example:
+      >>> microbatch_order(6, 2).tolist()  # three microbatches: rows 0 and 3, 1 and 4, 2 and 5
+      [0, 2, 4, 1, 3, 5]
+    """
+    count = size // microbatch_size
+    if count * microbatch_size != size:
+        raise DpjaxError(f"batch of {size} is not a multiple of microbatch_size {microbatch_size}")
+    place = np.arange(size)
+    return (place % count) * microbatch_size + place // count
 
 
 def _first(tree: PyTree) -> PyTree:

