@@ -1,0 +1,192 @@
+"""The ``dpjax`` command: subcommands over the library's own frozen configurations."""
+
+import contextlib
+import dataclasses
+import io
+import sys
+from typing import Annotated
+
+import tyro
+
+from dpjax.errors import DpjaxError
+from dpjax.runs.config import TrainConfig
+from dpjax.runs.demo import DemoConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ResumeConfig:
+    """Continue a run that was stopped or killed; it ends bitwise as if it had not been."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """Write text with a model folder."""
+
+    model: tyro.conf.Positional[str]
+    """Model folder, or a run folder with one in it."""
+    prompt: str = ""
+    """Text to continue."""
+    num_samples: int = 3
+    """Texts to draw."""
+    max_new_tokens: int = 64
+    """Tokens per text."""
+    temperature: float = 0.8
+    """0 is greedy."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens."""
+    top_p: float | None = 0.95
+    """Keep the likeliest tokens that together have this probability."""
+    seed: int | None = None
+    """Default: fresh."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CardConfig:
+    """Rebuild and show the privacy card of a run."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder."""
+    public: bool = False
+    """Write report-public.html, without curves, samples and utility numbers that epsilon does not
+    cover."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EpsilonConfig:
+    """Epsilon of DP-SGD, by RDP and PLD."""
+
+    noise_multiplier: float
+    """Noise stddev / sensitivity."""
+    sampling_probability: float
+    """Of one record in one iteration."""
+    iterations: int
+    """Noisy updates."""
+    delta: float
+    """Failure probability."""
+    sampling: Annotated[str, tyro.conf.arg(metavar="NAME")] = "poisson"
+    """poisson, truncated_poisson, fixed_size or shuffled."""
+    population: int | None = None
+    """Number of records; needed by all but poisson."""
+    truncated_batch_size: int | None = None
+    """Cap for truncated_poisson."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrateConfig:
+    """Noise multiplier for a budget."""
+
+    target_epsilon: float
+    """Budget in nats."""
+    target_delta: float
+    """Failure probability."""
+    sampling_probability: float
+    """Of one record in one iteration."""
+    iterations: int
+    """Noisy updates."""
+    sampling: Annotated[str, tyro.conf.arg(metavar="NAME")] = "poisson"
+    """poisson, truncated_poisson, fixed_size or shuffled."""
+    population: int | None = None
+    """Number of records; needed by all but poisson."""
+    truncated_batch_size: int | None = None
+    """Cap for truncated_poisson."""
+
+
+_COMMANDS = {
+    "demo": DemoConfig,
+    "train": TrainConfig,
+    "resume": ResumeConfig,
+    "generate": GenerateConfig,
+    "card": CardConfig,
+    "epsilon": EpsilonConfig,
+    "calibrate": CalibrateConfig,
+}
+
+
+def _parse(arguments: list[str]):
+    """Arguments to a configuration; tyro's boxed error becomes one line."""
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.extras.subcommand_cli_from_dict(
+                _COMMANDS,
+                args=arguments,
+                prog="dpjax",
+                description="Train language models on private data, and prove how private.",
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise DpjaxError(_one_line(captured.getvalue(), arguments)) from None
+
+
+def _one_line(boxed: str, arguments: list[str]) -> str:
+    """The substance of a boxed message, before its first rule."""
+    words: list[str] = []
+    for line in boxed.splitlines():
+        text = line.strip("│╭╮╰╯ ")
+        if text.startswith("─") and words:
+            break
+        if text and not text.startswith("─"):
+            words.append(text)
+    # The first line is the box's title when it is drawn in the border.
+    message = " ".join(words) or "the arguments are not understood"
+    suggestion = boxed.partition("Perhaps you meant:")[2].split()
+    hint = next((f"; did you mean {word}?" for word in suggestion if word.startswith("--")), "")
+    command = arguments[0] if arguments and arguments[0] in _COMMANDS else ""
+    return f"{message}{hint}; see `{' '.join(filter(None, ['dpjax', command]))} --help`"
+
+
+def _run(config: object) -> None:
+    # Imported per command: `dpjax --help` should not wait for what it does not use.
+    from dpjax.runs import commands
+
+    match config:
+        case DemoConfig():
+            from dpjax.runs.demo import demo
+
+            demo(config)
+        case TrainConfig():
+            commands.train(config)
+        case ResumeConfig(run):
+            commands.resume(run)
+        case GenerateConfig():
+            commands.generate_text(
+                config.model,
+                config.prompt,
+                config.num_samples,
+                config.seed,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+            )
+        case CardConfig(run, public):
+            commands.card(run, public)
+        case EpsilonConfig() | CalibrateConfig():
+            commands.account(**dataclasses.asdict(config))
+
+
+def main() -> None:
+    """Entry point of the ``dpjax`` command. Bad input: one line on stderr and exit code 2."""
+    try:
+        _run(_parse(sys.argv[1:]))
+    except DpjaxError as error:
+        print(f"dpjax: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        name = f" {error.filename}" if error.filename else ""
+        print(f"dpjax: {error.strerror or error}{name}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("dpjax: stopped; continue with `dpjax resume RUN`", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Whole training runs: configuration, folder, execution, report."""

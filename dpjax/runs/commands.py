@@ -1,0 +1,188 @@
+"""What each subcommand does: the library's functions with progress on the terminal."""
+
+import contextlib
+import math
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dpjax.artifact import load_model
+from dpjax.data import Record
+from dpjax.errors import DpjaxError
+from dpjax.generation import generate
+from dpjax.ledger import Ledger
+from dpjax.mechanism import DPSGD
+from dpjax.models import count_parameters
+from dpjax.runs.config import Run, TrainConfig, create, fresh_key, open_run, reopen
+from dpjax.runs.execute import execute
+from dpjax.runs.finish import Finished, finish, refresh_card
+from dpjax.training import TrainState
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def train(config: TrainConfig) -> None:
+    """`dpjax train`: a new run from a configuration."""
+    folder = pathlib.Path(config.output)
+    run = open_run(config, folder)
+    create(run)
+    _train_and_finish(run)
+
+
+def resume(folder: str) -> None:
+    """`dpjax resume`: the rest of a stopped run."""
+    _train_and_finish(reopen(folder))
+
+
+def _train_and_finish(run: Run) -> None:
+    console.print(describe(run))
+    with Ledger.open(run.ledger_path) as ledger:
+        state = drive(run, ledger, run.folder.name)
+        done = finish(run, ledger, state)
+    console.print(summary(run, done))
+
+
+def describe(run: Run) -> str:
+    """The plan in a few lines, before any private computation."""
+    mechanism, size = run.mechanism, len(run.training)
+    lines = [
+        f"{size:,} training and {len(run.held_out):,} held-out examples of "
+        f"{run.training.sequence_length} tokens; one {run.training.unit} is the unit of privacy",
+        f"{count_parameters(run.start.params):,} parameters; {mechanism.iterations} iterations of "
+        f"{mechanism.sampling_probability * size:g} examples on average ({mechanism.sampling})",
+    ]
+    if mechanism.is_private:
+        delta = run.delta
+        stated = f"epsilon {mechanism.epsilon(delta):.3f} (RDP)"
+        with contextlib.suppress(DpjaxError):
+            stated += f", {mechanism.epsilon(delta, 'pld'):.3f} (PLD)"
+        lines.append(
+            f"{stated} at delta {delta:g}: noise multiplier {mechanism.noise_multiplier:.4f}, clip "
+            f"norm {mechanism.l2_clip_norm:g}, {mechanism.relation.name.lower()}"
+        )
+    else:
+        lines.append("no noise: no formal guarantee")
+    return "\n".join(lines)
+
+
+def drive(run: Run, ledger: Ledger, label: str, *, quiet: bool = False) -> TrainState:
+    """Executes a run with a progress bar: loss, tokens per second, epsilon spent so far.
+
+    The loss is the operator's: it is computed on private records and is not covered by epsilon.
+    """
+    curve = None
+    if run.mechanism.is_private:
+        curve = run.mechanism.epsilon_curve(run.delta)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]} (private)"),
+        TextColumn("{task.fields[speed]} tokens/s"),
+        TextColumn("epsilon {task.fields[epsilon]}"),
+        TimeRemainingColumn(),
+    )
+    state = None
+    with Progress(*columns, console=console, disable=quiet) as bar:
+        task = bar.add_task(
+            label, total=run.mechanism.iterations, loss="-", speed="-", epsilon="none spent"
+        )
+        clock, seen = None, 0
+        for step in execute(run, ledger):
+            state = step.state
+            if math.isnan(step.sensitive_loss):
+                break
+            # The first step compiles; speed is counted from its end.
+            if clock is None:
+                clock = time.monotonic()
+            else:
+                seen += step.sensitive_tokens
+            elapsed = time.monotonic() - clock
+            bar.update(
+                task,
+                completed=step.iteration,
+                total=step.iterations,
+                loss=f"{step.sensitive_loss:.3f}",
+                speed=f"{seen / elapsed:,.0f}" if elapsed > 0 else "-",
+                epsilon="unbounded" if curve is None else f"{curve[step.iteration]:.2f}",
+            )
+    assert state is not None
+    return state
+
+
+def summary(run: Run, done: Finished) -> Table:
+    """Where things lie, and the held-out loss before and after."""
+    table = Table(title=f"run {run.folder}", show_header=False)
+    table.add_row("held-out loss before", f"{done.before.nats_per_token:.4f} nats/token")
+    table.add_row(
+        "held-out loss after",
+        f"{done.after.nats_per_token:.4f} nats/token (± {1.96 * done.after.standard_error:.4f})",
+    )
+    table.add_row("guarantee", done.claim)
+    table.add_row("model to release", str(run.folder / "model"))
+    table.add_row("privacy card", str(run.folder / "card.json"))
+    table.add_row("report", str(run.folder / "report.html"))
+    table.add_row("secret, for resuming only", str(run.folder / "checkpoints"))
+    return table
+
+
+def generate_text(
+    folder: str, prompt: str, num_samples: int, seed: int | None, **settings: Any
+) -> None:
+    """`dpjax generate`: samples from a model folder, or from the one in a run folder."""
+    path = pathlib.Path(folder)
+    model = load_model(path / "model" if (path / "run.json").exists() else path)
+    if num_samples < 1:
+        raise DpjaxError(f"num_samples is {num_samples}; use at least 1")
+    start = [model.tokenizer.bos_id, *model.tokenizer.encode(prompt)]
+    stop = model.tokenizer.eos_id
+    texts = generate(
+        model.config, model.params, [start] * num_samples, fresh_key(seed), stop_token=stop,
+        **settings,
+    )  # fmt: skip
+    for text in texts:
+        console.print(prompt + model.tokenizer.decode(text), markup=False)
+        console.print("---")
+
+
+def card(folder: str, public: bool) -> None:
+    """`dpjax card`: rebuilds card and page of a finished run, and prints the claim."""
+    run = reopen(folder)
+    with Ledger.open(run.ledger_path) as ledger:
+        written = refresh_card(run, ledger, public=public)
+    console.print(written.claim)
+    for hazard in written.hazards:
+        console.print(f"hazard: {hazard}", markup=False)
+    console.print(f"card: {run.folder / 'card.json'}\npage: {written.page}")
+
+
+def account(
+    *,
+    delta: float | None = None,
+    target_delta: float | None = None,
+    population: int | None = None,
+    **settings: Any,
+) -> None:
+    """`dpjax epsilon` and `dpjax calibrate`."""
+    mechanism = DPSGD(
+        l2_clip_norm=1.0, population=population, target_delta=target_delta, **settings
+    )
+    at = delta if delta is not None else target_delta
+    assert at is not None
+    if target_delta is not None:
+        console.print(f"noise multiplier {mechanism.noise_multiplier:.4f}")
+    console.print(f"epsilon {mechanism.epsilon(at):.4f} by RDP at delta {at:g}")
+    try:
+        console.print(f"epsilon {mechanism.epsilon(at, 'pld'):.4f} by PLD")
+    except DpjaxError as error:
+        console.print(f"no PLD bound: {error}")
+    console.print(
+        f"{mechanism.sampling} sampling, {mechanism.relation.name.lower()}, unit: one record"
+    )

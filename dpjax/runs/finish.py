@@ -1,0 +1,174 @@
+"""What a finished run leaves: model folder, privacy card and report page."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dpjax.artifact import Model, load_model, save_model
+from dpjax.errors import DpjaxError
+from dpjax.evaluation import HeldOutLoss, held_out_loss
+from dpjax.ledger import Ledger
+from dpjax.models import count_parameters
+from dpjax.report import CardInputs, Curve, Sample, TableData, build_card, write_card, write_report
+from dpjax.runs.config import Run, read_json, write_json
+from dpjax.runs.execute import find_run, read_metrics
+from dpjax.training import TrainState
+
+
+class Extras(NamedTuple):
+    """More for the report page than the run itself knows."""
+
+    tables: tuple[TableData, ...] = ()
+    samples: tuple[Sample, ...] = ()
+    curves: tuple[Curve, ...] = ()
+
+
+class Finished(NamedTuple):
+    """A finished run."""
+
+    model: Model
+    before: HeldOutLoss
+    after: HeldOutLoss
+    card: dict[str, Any]
+    training_curve: Curve  # private
+    page: pathlib.Path
+
+
+def finish(
+    run: Run,
+    ledger: Ledger,
+    state: TrainState,
+    extras: Callable[[Model, HeldOutLoss, HeldOutLoss, dict[str, Any]], Extras] | None = None,
+) -> Finished:
+    """Exports the model, evaluates it on held-out records, and writes card and page.
+
+    Calling it again, after a kill say, writes the same things again.
+    """
+    start = run.start
+    pretraining = (*start.pretraining, _as_pretraining(run))
+    model = Model(start.config, state.params, start.tokenizer, pretraining)
+    sha256 = save_model(run.folder / "model", model)
+    before = held_out_loss(start.config, start.params, run.held_out)
+    after = held_out_loss(start.config, state.params, run.held_out)
+    # Numbers that a later `dpjax card` repeats without the parameters.
+    write_json(
+        run.folder / "evaluation.json",
+        {"before": before._asdict(), "after": after._asdict(), "params_sha256": sha256},
+    )
+    card, page = _write(run, ledger, model, sha256, before, after, extras)
+    return Finished(model, before, after, card, training_curve(run), page)
+
+
+def refresh(run: Run, ledger: Ledger, public: bool = False) -> Finished:
+    """Card and page of a finished run, rebuilt from what it left on disk."""
+    saved = read_json(
+        run.folder / "evaluation.json",
+        f"{run.folder} is not finished; continue it with `dpjax resume {run.folder}`",
+    )
+    try:
+        before, after = HeldOutLoss(**saved["before"]), HeldOutLoss(**saved["after"])
+        sha256 = saved["params_sha256"]
+    except (KeyError, TypeError) as error:
+        where = run.folder / "evaluation.json"
+        raise DpjaxError(f"{where} is corrupt ({error}); restore the file") from None
+    model = load_model(run.folder / "model")
+    card, page = _write(run, ledger, model, sha256, before, after, None, public)
+    return Finished(model, before, after, card, training_curve(run), page)
+
+
+def _as_pretraining(run: Run) -> dict[str, Any]:
+    """How this run's data will appear on the card of a model that starts from its result."""
+    public = run.config.data == "shakespeare"
+    return {"name": run.training.name, "public": public, "overlap": "none" if public else "unknown"}
+
+
+def training_curve(run: Run) -> Curve:
+    """Training loss by iteration, nats per position. Private."""
+    metrics = [m for m in read_metrics(run.folder / "metrics.jsonl") if m["loss"] is not None]
+    return Curve(
+        run.folder.name,
+        np.array([m["iteration"] for m in metrics], dtype=np.int64),
+        np.array([m["loss"] for m in metrics], dtype=np.float64),
+    )
+
+
+def card_inputs(
+    run: Run, ledger: Ledger, sha256: str, before: HeldOutLoss, after: HeldOutLoss
+) -> CardInputs:
+    """Everything that the card needs beside the mechanism and the ledger."""
+    config, training = run.config, run.training
+    number = find_run(ledger, run.identifier)
+    if number is None:
+        raise DpjaxError(f"{run.folder} is not in ledger {run.ledger_path}; train it first")
+    parameters = count_parameters(run.start.params)
+
+    def utility(name: str, loss: HeldOutLoss) -> dict[str, Any]:
+        return {
+            "metric": "loss",
+            "unit": "nats per token",
+            "model": name,
+            "split": "held out",
+            "value": loss.nats_per_token,
+            "low": loss.nats_per_token - 1.96 * loss.standard_error,
+            "high": loss.nats_per_token + 1.96 * loss.standard_error,
+            "n": loss.num_records,
+            "covered": False,
+        }
+
+    devices = jax.local_devices()
+    return CardInputs(
+        mechanism=run.mechanism,
+        ledger=ledger,
+        run=number,
+        delta=run.delta,
+        unit=training.unit,
+        # The bound that was enforced; the largest count found would be a fact about one person.
+        max_units_per_person=config.max_examples_per_user,
+        dataset_name=training.name,
+        dataset_size=len(training),
+        dataset_size_is_public=True,  # the sampling probability and normaliser reveal it
+        examples_per_record=training.examples_per_record,
+        preprocessing=training.preprocessing,
+        contribution_bounding=(
+            f"at most {config.max_examples_per_user} examples per person"
+            if config.max_examples_per_user is not None
+            else "none"
+        ),
+        pretraining=run.start.pretraining,
+        model_name=config.model if run.start_is_preset else pathlib.Path(config.model).name,
+        num_parameters=parameters,
+        num_trained_parameters=parameters,
+        optimizer=f"{config.optimizer}, peak learning rate {config.learning_rate:g}",
+        artifact_sha256=sha256,
+        released=("final weights (the model folder)",),
+        intended_use=config.intended_use,
+        published_key=config.seed is not None,
+        precision=f"{run.start.config.dtype} parameters; float32 norms, sum and noise",
+        devices=(f"{devices[0].platform} x {len(devices)}",),
+        config_sha256=run.config_sha256,
+        not_covered=(
+            "losses shown or logged while training",
+            "evaluation on held-out records",
+        ),
+        utility=(utility("before training", before), utility("after training", after)),
+    )
+
+
+def _write(run, ledger, model, sha256, before, after, extras, public=False):
+    card = build_card(card_inputs(run, ledger, sha256, before, after))
+    write_card(card, run.folder / "card.json")
+    more = Extras() if extras is None else extras(model, before, after, card)
+    page = run.folder / ("report-public.html" if public else "report.html")
+    write_report(
+        card,
+        (training_curve(run), *more.curves),
+        page,
+        samples=more.samples,
+        tables=more.tables,
+        public=public,
+    )
+    return card, page
