@@ -365,9 +365,7 @@ def epsilon_curve(
     return np.array([at(int(count)) for count in counts])
 
 
-def gaussian_dp_mu(
-    dp_event: dp_accounting.DpEvent, population: int
-) -> tuple[float, float] | None:
+def gaussian_dp_mu(dp_event: dp_accounting.DpEvent, population: int) -> tuple[float, float] | None:
     """Gaussian-DP parameter mu that covers the event, and how far the fit is from the true profile.
 
     The profile epsilon(delta) by PLD is fitted from above: the smallest mu whose Gaussian

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpjax.errors import DpjaxError
@@ -36,7 +37,7 @@ def _flatten(tree: PyTree) -> dict[str, np.ndarray]:
     """Leaves by path. Typed keys become their uint32 data, which Orbax can store."""
     flat = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         value = jax.random.key_data(leaf) if is_key else leaf
         # Names travel as file names: keep to letters, digits and a few signs.
         name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -64,15 +65,15 @@ def _unflatten(like: PyTree, flat: dict[str, np.ndarray], where: pathlib.Path) -
     leaves = []
     for path, leaf in paths:
         value = flat[jax.tree_util.keystr(path, simple=True, separator=".")]
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaves.append(jax.random.wrap_key_data(jax.numpy.asarray(value)))
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaves.append(jax.random.wrap_key_data(jnp.asarray(value)))
         else:
-            leaves.append(jax.numpy.asarray(value))
+            leaves.append(jnp.asarray(value))
     return jax.tree.unflatten(treedef, leaves)
 
 
 def _concrete_zeros(leaf: Any) -> Any:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.key(0) if leaf.shape == () else leaf
     return np.zeros(leaf.shape, leaf.dtype)
 
@@ -169,10 +170,12 @@ class Checkpointer:
         with _writing(self.folder):
             self._manager.save(
                 iteration,
-                args=args.Composite(**{
-                    _STATE: args.StandardSave(flat),
-                    _FACTS: args.JsonSave(facts),
-                }),
+                args=args.Composite(
+                    **{
+                        _STATE: args.StandardSave(flat),
+                        _FACTS: args.JsonSave(facts),
+                    }
+                ),
             )
             self._manager.wait_until_finished()
 
@@ -197,10 +200,12 @@ class Checkpointer:
         try:
             restored = self._manager.restore(
                 iteration,
-                args=args.Composite(**{
-                    _STATE: args.StandardRestore(),
-                    _FACTS: args.JsonRestore(),
-                }),
+                args=args.Composite(
+                    **{
+                        _STATE: args.StandardRestore(),
+                        _FACTS: args.JsonRestore(),
+                    }
+                ),
             )
             flat = {name: np.asarray(value) for name, value in restored[_STATE].items()}
             facts = dict(restored[_FACTS])

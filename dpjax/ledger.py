@@ -284,18 +284,12 @@ def read_records(content: bytes, path: pathlib.Path) -> list[dict[str, Any]]:
     """Parses complete lines and checks the chain."""
     records: list[dict[str, Any]] = []
     previous = GENESIS
-    for number, line in enumerate(content.splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            claimed = record.pop("hash")
-            intact = (
-                _digest(record) == claimed
-                and record["previous"] == previous
-                and record["index"] == number - 1
-            )
-        except (ValueError, KeyError, TypeError, AttributeError):
-            intact = False
-        if not intact:
+    # Split at newlines only: other separators may stand inside a JSON string.
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        record = _parsed(line)
+        claimed = record.pop("hash", None)
+        follows = record.get("previous") == previous and record.get("index") == number - 1
+        if claimed is None or not follows or _digest(record) != claimed:
             raise DpjaxError(
                 f"ledger {path} is corrupt at line {number}: its hash does not follow from the "
                 "lines before it; restore the file from a backup, the privacy spent is unknown"
@@ -303,6 +297,15 @@ def read_records(content: bytes, path: pathlib.Path) -> list[dict[str, Any]]:
         record["hash"] = previous = claimed
         records.append(record)
     return records
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """The object in a line; empty, and so without a hash, if there is none."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def affordable_iterations(
@@ -339,9 +342,7 @@ def affordable_iterations(
         return dp_accounting.ComposedDpEvent([*others, own]) if others else own
 
     def spent(iterations: int) -> float:
-        return accounting.epsilon(
-            total(iterations), target_delta, mechanism.accountant, relation
-        )
+        return accounting.epsilon(total(iterations), target_delta, mechanism.accountant, relation)
 
     if spent(mechanism.iterations) <= target_epsilon:
         return mechanism.iterations

@@ -1,7 +1,7 @@
 """One frozen configuration that couples clipping, noise, sampling and accounting.
 
-This is the only file that joins the four. The accountant's event is built from the very sampler and
-noise multiplier that training uses, so a guarantee cannot be computed for a run that did not happen.
+This is the only file that joins the four. The accountant's event is built from the very sampler
+and noise multiplier that training uses, so no guarantee is computed for a run that did not happen.
 """
 
 import dataclasses
@@ -117,7 +117,9 @@ class DPSGD:
             )
         object.__setattr__(self, "neighboring_relation", relation)
         if self.sampling != "poisson" and self.population is None:
-            raise DpjaxError(f"population is None; {self.sampling} sampling needs it, e.g. len(data)")
+            raise DpjaxError(
+                f"population is None; {self.sampling} sampling needs it, e.g. len(data)"
+            )
         if (self.sampling == "truncated_poisson") != (self.truncated_batch_size is not None):
             raise DpjaxError(
                 f"truncated_batch_size is {self.truncated_batch_size} with {self.sampling} "
@@ -126,7 +128,9 @@ class DPSGD:
         if by_target:
             if self.target_epsilon is None or self.target_delta is None:
                 missing = "target_epsilon" if self.target_epsilon is None else "target_delta"
-                raise DpjaxError(f"{missing} is missing; a budget is (target_epsilon, target_delta)")
+                raise DpjaxError(
+                    f"{missing} is missing; a budget is (target_epsilon, target_delta)"
+                )
             accounting.check_epsilon(self.target_epsilon)
             accounting.check_delta(self.target_delta, self.population)
         # Building the parts once checks the remaining fields where they are understood.
@@ -135,9 +139,7 @@ class DPSGD:
         if by_target:
             object.__setattr__(self, "noise_multiplier", self._calibrated_noise_multiplier())
         if not (self._noise >= 0 and math.isfinite(self._noise)):
-            raise DpjaxError(
-                f"noise_multiplier is {self._noise}; it must be finite and at least 0"
-            )
+            raise DpjaxError(f"noise_multiplier is {self._noise}; it must be finite and at least 0")
         if self._noise > 0 and not math.isfinite(self.l2_clip_norm):
             raise DpjaxError(
                 f"l2_clip_norm is inf with noise_multiplier {self._noise:g}: no noise covers an "

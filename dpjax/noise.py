@@ -16,7 +16,8 @@ class NoiseState(NamedTuple):
     """State of a privatizer that draws independent noise at every call."""
 
     key: RandomKey  # typed scalar key; never changes
-    count: Int[Array, ""]  # int32, calls so far
+    # The name is optax's; that a tuple has a method of this name does not matter to anyone.
+    count: Int[Array, ""]  # int32, calls so far  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def gaussian_noise_like(tree: PyTree, stddev: float, key: RandomKey) -> PyTree:

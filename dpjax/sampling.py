@@ -7,7 +7,7 @@ sampler also builds its own ``dp_event``: no other part may claim an amplificati
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import dp_accounting
 import jax
@@ -290,7 +290,7 @@ class ShuffledSampler(_Sampler):
     )
 
 
-Sampler = PoissonSampler | TruncatedPoissonSampler | FixedSizeSampler | ShuffledSampler
+Sampler: TypeAlias = PoissonSampler | TruncatedPoissonSampler | FixedSizeSampler | ShuffledSampler
 
 
 def composed_dp_event(

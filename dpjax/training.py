@@ -11,10 +11,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from dpjax import ledger as ledgers
 from dpjax import sampling as samplers
 from dpjax.clipping import microbatch_order
 from dpjax.errors import DpjaxError
+from dpjax.ledger import Ledger
 from dpjax.mechanism import DPSGD
 from dpjax.types import Batch, ClipInfo, LossFn, PyTree, RandomKey, TrainingData, require_key
 
@@ -119,7 +119,7 @@ def fit(
     dataset: TrainingData,
     *,
     sampler: samplers.Sampler | None = None,
-    ledger: "ledgers.Ledger | None" = None,
+    ledger: Ledger | None = None,
     run: int | None = None,
     max_iterations: int | None = None,
     devices: Sequence[jax.Device] | None = None,
@@ -180,9 +180,7 @@ def fit(
             )
     devices = list(jax.local_devices() if devices is None else devices)
     microbatch_size = mechanism.microbatch_size
-    sampler = dataclasses.replace(
-        sampler, multiple_of=math.lcm(microbatch_size or 1, len(devices))
-    )
+    sampler = dataclasses.replace(sampler, multiple_of=math.lcm(microbatch_size or 1, len(devices)))
     mesh = jax.sharding.Mesh(np.array(devices), ("data",))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     by_example = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from dp_accounting import NeighboringRelation
 from jaxtyping import Array, Bool, Float, Int
@@ -87,7 +88,7 @@ def require_key(key: Any) -> RandomKey:
       dpjax.errors.DpjaxError: key is 7 (int); pass a JAX random key, e.g. jax.random.key(seed)
     """
     if isinstance(key, jax.Array):
-        if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
             return key
         if key.dtype == np.uint32 and key.shape == (2,):
             return jax.random.wrap_key_data(key)

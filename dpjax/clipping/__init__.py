@@ -3,4 +3,10 @@
 from dpjax.clipping.api import ClippedGrad, clipped_grad, microbatch_order
 from dpjax.clipping.norms import clip_and_sum, per_example_l2_norms
 
-__all__ = ["ClippedGrad", "clip_and_sum", "clipped_grad", "microbatch_order", "per_example_l2_norms"]
+__all__ = [
+    "ClippedGrad",
+    "clip_and_sum",
+    "clipped_grad",
+    "microbatch_order",
+    "per_example_l2_norms",
+]

@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float
 
 from dpjax.types import PyTree
 
+
 def _accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 

@@ -48,7 +48,14 @@ class DecoderConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        for name in ("vocabulary_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "d_ff"):
+        for name in (
+            "vocabulary_size",
+            "num_layers",
+            "d_model",
+            "num_heads",
+            "num_kv_heads",
+            "d_ff",
+        ):
             if getattr(self, name) < 1:
                 raise DpjaxError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.d_model % (2 * self.num_heads):
@@ -207,8 +214,8 @@ class Decoder(nnx.Module):
         )
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.num_layers)])
         self.final_norm = _norm(config, rngs)
-        self.head = None if config.tied else _linear(
-            config.d_model, config.vocabulary_size, config, rngs
+        self.head = (
+            None if config.tied else _linear(config.d_model, config.vocabulary_size, config, rngs)
         )
 
     def __call__(self, tokens: Int[Array, " time"]) -> Float[Array, "time vocabulary"]:

@@ -1,20 +1,15 @@
 """What each subcommand does: the library's functions with progress on the terminal."""
 
 import contextlib
-import math
 import pathlib
 import time
-from collections.abc import Iterator
 from typing import Any
 
-import jax
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dpjax.artifact import load_model
-from dpjax.data import Record
 from dpjax.errors import DpjaxError
 from dpjax.generation import generate
 from dpjax.ledger import Ledger
@@ -22,7 +17,7 @@ from dpjax.mechanism import DPSGD
 from dpjax.models import count_parameters
 from dpjax.runs.config import Run, TrainConfig, create, fresh_key, open_run, reopen
 from dpjax.runs.execute import execute
-from dpjax.runs.finish import Finished, finish, refresh_card
+from dpjax.runs.finish import Finished, finish, page_path, refresh
 from dpjax.training import TrainState
 
 console = Console(highlight=False, soft_wrap=True)
@@ -46,7 +41,7 @@ def _train_and_finish(run: Run) -> None:
     with Ledger.open(run.ledger_path) as ledger:
         state = drive(run, ledger, run.folder.name)
         done = finish(run, ledger, state)
-    console.print(summary(run, done))
+    console.print(summary(done))
 
 
 def describe(run: Run) -> str:
@@ -97,7 +92,7 @@ def drive(run: Run, ledger: Ledger, label: str, *, quiet: bool = False) -> Train
         clock, seen = None, 0
         for step in execute(run, ledger):
             state = step.state
-            if math.isnan(step.sensitive_loss):
+            if step.sensitive_loss is None:
                 break
             # The first step compiles; speed is counted from its end.
             if clock is None:
@@ -117,8 +112,9 @@ def drive(run: Run, ledger: Ledger, label: str, *, quiet: bool = False) -> Train
     return state
 
 
-def summary(run: Run, done: Finished) -> Table:
+def summary(done: Finished) -> Table:
     """Where things lie, and the held-out loss before and after."""
+    run = done.run
     table = Table(title=f"run {run.folder}", show_header=False)
     table.add_row("held-out loss before", f"{done.before.nats_per_token:.4f} nats/token")
     table.add_row(
@@ -128,7 +124,7 @@ def summary(run: Run, done: Finished) -> Table:
     table.add_row("guarantee", done.claim)
     table.add_row("model to release", str(run.folder / "model"))
     table.add_row("privacy card", str(run.folder / "card.json"))
-    table.add_row("report", str(run.folder / "report.html"))
+    table.add_row("report", str(page_path(run)))
     table.add_row("secret, for resuming only", str(run.folder / "checkpoints"))
     return table
 
@@ -156,11 +152,11 @@ def card(folder: str, public: bool) -> None:
     """`dpjax card`: rebuilds card and page of a finished run, and prints the claim."""
     run = reopen(folder)
     with Ledger.open(run.ledger_path) as ledger:
-        written = refresh_card(run, ledger, public=public)
-    console.print(written.claim)
-    for hazard in written.hazards:
-        console.print(f"hazard: {hazard}", markup=False)
-    console.print(f"card: {run.folder / 'card.json'}\npage: {written.page}")
+        done = refresh(run, ledger, public=public)
+    console.print(done.claim)
+    for hazard in done.card["hazards"]:
+        console.print(f"{hazard['severity']}: {hazard['text']}", markup=False)
+    console.print(f"card: {run.folder / 'card.json'}\npage: {page_path(run, public)}")
 
 
 def account(

@@ -1,11 +1,11 @@
 """A training run on disk: one folder with its plan, ledger, checkpoints, model, card and report.
 
-    run.json           the configuration and facts to compare on resume (public)
-    ledger.jsonl       every release, hash-chained (public)
-    checkpoints/       state with the noise key: secret, for resuming only
-    metrics.jsonl      training losses: private, not covered by epsilon
-    model/             the parameters to release
-    card.json, report.html
+run.json           the configuration and facts to compare on resume (public)
+ledger.jsonl       every release, hash-chained (public)
+checkpoints/       state with the noise key: secret, for resuming only
+metrics.jsonl      training losses: private, not covered by epsilon
+model/             the parameters to release
+card.json, report.html
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import secrets
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -280,7 +281,7 @@ def fresh_key(seed: int | None) -> jax.Array:
     if seed is not None:
         return jax.random.key(seed)
     words = np.frombuffer(secrets.token_bytes(8), np.uint32)
-    return jax.random.wrap_key_data(words, impl="threefry2x32")
+    return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
 
 
 @dataclasses.dataclass(frozen=True)

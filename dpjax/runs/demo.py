@@ -1,4 +1,4 @@
-"""The main job: one small model on public text, then on private dialogues, without and with privacy."""
+"""The main job: a small model on public text, then on private dialogues with and without privacy."""
 
 import dataclasses
 import json
@@ -6,8 +6,9 @@ import os
 import pathlib
 import shutil
 import time
-from typing import Any, Literal
+from typing import Literal
 
+from rich.markup import escape
 from rich.table import Table
 
 from dpjax.artifact import Model, load_model
@@ -23,9 +24,10 @@ from dpjax.data import (
 from dpjax.errors import DpjaxError
 from dpjax.generation import generate
 from dpjax.ledger import Ledger
+from dpjax.report import Sample, TableData
 from dpjax.runs.commands import console, describe, drive
-from dpjax.runs.config import Run, TrainConfig, create, fresh_key, open_run
-from dpjax.runs.finish import Finished, finish
+from dpjax.runs.config import TrainConfig, create, fresh_key, open_run
+from dpjax.runs.finish import Extras, Finished, finish, page_path, write_page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ class _Scale:
 
 
 _SCALES = {
-    "full": _Scale(None, (250, 64), (200, 64), (60, 256), {1: 4, 8: 4, 64: 8}),
+    "full": _Scale(None, (250, 64), (200, 64), (80, 256), {1: 4, 8: 4, 64: 8}),
     "smoke": _Scale(400, (4, 16), (4, 16), (3, 32), {1: 1, 8: 1}),
 }
 _SEQUENCE_LENGTH = 64
@@ -117,21 +119,22 @@ def demo(config: DemoConfig) -> None:
         l2_clip_norm=1.0,
         iterations=scale.private[0],
         expected_batch_size=scale.private[1],
-        learning_rate=2e-3,
+        learning_rate=6e-3,
         intended_use="demonstration",
     )
-    private = _train(private_config, comparison=_Comparison(start, plain, planted))
+    private = _train(private_config)
+
     console.rule("5. side by side")
-    for table in comparison.tables(private_done):
+    extras = _compare(start, plain, private, planted)
+    write_page(private, extras)
+    for table in extras.tables:
         console.print(_rich(table))
-    for name, texts in comparison.samples(private_done):
-        console.print(f"[bold]{name}[/bold]")
-        for text in texts:
-            console.print("  " + text.replace("\n", " / "), markup=False)
-    console.print(f"\nguarantee: {private_done.claim}")
-    console.print(f"privacy card: {private_run.folder / 'card.json'}")
-    console.print(f"report:       {private_run.folder / 'report.html'}")
-    console.print(f"model:        {private_run.folder / 'model'}")
+    for sample in extras.samples:
+        console.print(f"[bold]{sample.name}:[/bold]", escape(sample.text.replace("\n", " / ")))
+    console.print(f"\n{private.claim}")
+    console.print(f"privacy card: {private.run.folder / 'card.json'}")
+    console.print(f"report:       {page_path(private.run)}")
+    console.print(f"model:        {private.run.folder / 'model'}")
     console.print(f"took {time.monotonic() - began:.0f} s")
 
 
@@ -174,89 +177,71 @@ def write_jsonl(path: pathlib.Path, records: list[Record]) -> None:
             file.write(json.dumps(record._asdict(), ensure_ascii=False) + "\n")
 
 
-def _train(config: TrainConfig, comparison: "_Comparison | None" = None) -> Finished:
+def _train(config: TrainConfig) -> Finished:
     run = open_run(config, pathlib.Path(config.output))
     create(run)
     console.print(describe(run))
     with Ledger.open(run.ledger_path) as ledger:
-        state = drive(run, ledger, run.folder.name)
-        extras = None if comparison is None else comparison.extras
-        return finish(run, ledger, state, extras)
+        return finish(run, ledger, drive(run, ledger, run.folder.name))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Comparison:
+def _compare(start: Model, plain: Finished, private: Finished, planted: PlantedPII) -> Extras:
     """The three models beside each other, for the terminal and for the report page."""
-
-    start: Model
-    plain: Finished
-    planted: PlantedPII
-
-    def extras(self, private: Finished) -> Extras:
-        """Called by `finish` once the private model exists."""
-        return Extras(
-            tables=(self._losses(private), self._secrets(private)),
-            samples=tuple(
-                Sample(name, text) for name, texts in self._texts(private) for text in texts
-            ),
-            curves=tuple(
-                curve._replace(name="without privacy") for curve in self.plain.training_curves
-            ),
-        )
-
-    def _models(self, private: Finished) -> list[tuple[str, Model]]:
-        epsilon = f"private, epsilon {private.epsilon:.2f}"
-        return [
-            ("public start", self.start),
-            ("without privacy", self.plain.model),
-            (epsilon, private.model),
-        ]
-
-    def _losses(self, private: Finished) -> ReportTable:
-        losses = (private.before, self.plain.after, private.after)
-        rows = tuple(
+    models = [
+        ("public start", start, private.before),
+        ("without privacy", plain.model, plain.after),
+        (f"private (epsilon {private.epsilon})", private.model, private.after),
+    ]
+    losses = TableData(
+        "Held-out loss",
+        ("model", "nats per token", "perplexity"),
+        tuple(
             (
                 name,
                 f"{loss.nats_per_token:.3f} ± {1.96 * loss.standard_error:.3f}",
                 f"{loss.perplexity:.1f}",
             )
-            for (name, _), loss in zip(self._models(private), losses, strict=True)
-        )
-        return ReportTable("Held-out loss", ("model", "nats per token", "perplexity"), rows)
-
-    def _secrets(self, private: Finished) -> ReportTable:
-        groups: dict[str, list[PlantedSecret]] = {}
-        for secret in self.planted.inserted:
-            groups.setdefault(f"planted {secret.repetitions} times", []).append(secret)
-        groups["twins, never planted"] = list(self.planted.held_out)
-        rows = []
-        for name, model in self._models(private):
-            counts = []
-            for group in groups.values():
-                done = completes_secrets(model.config, model.params, model.tokenizer, group)
-                counts.append(f"{sum(done)} of {len(group)}")
-            rows.append((name, *counts))
-        return ReportTable("Planted secrets completed", ("model", *groups), tuple(rows))
-
-    def _texts(self, private: Finished) -> list[tuple[str, list[str]]]:
-        texts = []
-        for name, model in self._models(private):
-            prompt = [model.tokenizer.bos_id]
-            drawn = generate(
-                model.config,
-                model.params,
-                [prompt] * 2,
-                fresh_key(0),
-                max_new_tokens=40,
-                temperature=0.7,
-                top_p=0.9,
-                stop_token=model.tokenizer.eos_id,
-            )
-            texts.append((name, [model.tokenizer.decode(text) for text in drawn]))
-        return texts
+            for name, _, loss in models
+        ),
+    )
+    groups: dict[str, list[PlantedSecret]] = {}
+    for secret in planted.inserted:
+        groups.setdefault(f"planted {secret.repetitions} x", []).append(secret)
+    groups["twins, never planted"] = list(planted.held_out)
+    secrets = TableData(
+        "Planted secrets completed from their beginning",
+        ("model", *groups),
+        tuple(
+            (name, *(_completed(model, group) for group in groups.values()))
+            for name, model, _ in models
+        ),
+    )
+    samples = tuple(Sample(name, text) for name, model, _ in models for text in _texts(model))
+    curve = plain.training_curve._replace(name="without privacy")
+    return Extras((losses, secrets), samples, (curve,))
 
 
-def _rich(table: ReportTable) -> Table:
+def _completed(model: Model, secrets: list[PlantedSecret]) -> str:
+    done = completes_secrets(model.config, model.params, model.tokenizer, secrets)
+    return f"{sum(done)} of {len(done)}"
+
+
+def _texts(model: Model) -> list[str]:
+    prompt = [model.tokenizer.bos_id]
+    drawn = generate(
+        model.config,
+        model.params,
+        [prompt] * 2,
+        fresh_key(0),
+        max_new_tokens=40,
+        temperature=0.7,
+        top_p=0.9,
+        stop_token=model.tokenizer.eos_id,
+    )
+    return [model.tokenizer.decode(text) for text in drawn]
+
+
+def _rich(table: TableData) -> Table:
     shown = Table(*table.columns, title=table.title)
     for row in table.rows:
         shown.add_row(*row)

@@ -1,4 +1,4 @@
-"""Drives a run through ledger, training and checkpoints, from the start or from where it stopped."""
+"""Drives a run through ledger, training and checkpoints, from wherever it stands."""
 
 import json
 import os
@@ -21,7 +21,7 @@ class Progress(NamedTuple):
 
     iteration: int
     iterations: int  # that will be taken, after the budget guard
-    sensitive_loss: float  # mean over the batch, nats per position
+    sensitive_loss: float | None  # mean over the batch, nats per position; None after the end
     sensitive_tokens: int  # positions differentiated
     state: TrainState
 
@@ -81,7 +81,9 @@ def execute(run: Run, ledger: Ledger) -> Iterator[Progress]:
             run=number,
             max_iterations=end,
         )
-        for iteration, (state, info) in enumerate(steps, start=int(state.iteration) + 1):
+        iteration = int(state.iteration)
+        for state, info in steps:
+            iteration += 1
             loss = float(info.sensitive_loss)
             metrics.append(iteration, loss)
             if iteration % config.checkpoint_every == 0 or iteration == end:
@@ -90,10 +92,9 @@ def execute(run: Run, ledger: Ledger) -> Iterator[Progress]:
             tokens = int(info.sensitive_num_examples) * positions
             yield Progress(iteration, end, loss, tokens, state)
         metrics.flush()
-        reached = int(state.iteration)
-        ledger.end_run(number, "completed" if reached == mechanism.iterations else "budget")
-        # Reached only when nothing was left to do: the caller still needs the final state.
-        yield Progress(reached, end, float("nan"), 0, state)
+        ledger.end_run(number, "completed" if iteration == mechanism.iterations else "budget")
+        # Nothing may have been left to do: the caller still needs the final state.
+        yield Progress(iteration, end, None, 0, state)
 
 
 def find_run(ledger: Ledger, identifier: str) -> int | None:

@@ -1,8 +1,6 @@
 """What a finished run leaves: model folder, privacy card and report page."""
 
-import dataclasses
 import pathlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,22 +26,27 @@ class Extras(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """A finished run."""
+    """A finished run and what it released."""
 
+    run: Run
     model: Model
     before: HeldOutLoss
     after: HeldOutLoss
     card: dict[str, Any]
     training_curve: Curve  # private
-    page: pathlib.Path
+
+    @property
+    def claim(self) -> str:
+        """The guarantee in one sentence."""
+        return self.card["claim"]["statement"]
+
+    @property
+    def epsilon(self) -> str:
+        """Epsilon by both accountants, or that there is none, in words."""
+        return self.card["claim"]["epsilon_in_words"]
 
 
-def finish(
-    run: Run,
-    ledger: Ledger,
-    state: TrainState,
-    extras: Callable[[Model, HeldOutLoss, HeldOutLoss, dict[str, Any]], Extras] | None = None,
-) -> Finished:
+def finish(run: Run, ledger: Ledger, state: TrainState) -> Finished:
     """Exports the model, evaluates it on held-out records, and writes card and page.
 
     Calling it again, after a kill say, writes the same things again.
@@ -54,13 +57,12 @@ def finish(
     sha256 = save_model(run.folder / "model", model)
     before = held_out_loss(start.config, start.params, run.held_out)
     after = held_out_loss(start.config, state.params, run.held_out)
-    # Numbers that a later `dpjax card` repeats without the parameters.
+    # Numbers that a later `dpjax card` repeats.
     write_json(
         run.folder / "evaluation.json",
         {"before": before._asdict(), "after": after._asdict(), "params_sha256": sha256},
     )
-    card, page = _write(run, ledger, model, sha256, before, after, extras)
-    return Finished(model, before, after, card, training_curve(run), page)
+    return _finished(run, ledger, model, sha256, before, after)
 
 
 def refresh(run: Run, ledger: Ledger, public: bool = False) -> Finished:
@@ -75,9 +77,41 @@ def refresh(run: Run, ledger: Ledger, public: bool = False) -> Finished:
     except (KeyError, TypeError) as error:
         where = run.folder / "evaluation.json"
         raise DpjaxError(f"{where} is corrupt ({error}); restore the file") from None
-    model = load_model(run.folder / "model")
-    card, page = _write(run, ledger, model, sha256, before, after, None, public)
-    return Finished(model, before, after, card, training_curve(run), page)
+    return _finished(run, ledger, load_model(run.folder / "model"), sha256, before, after, public)
+
+
+def _finished(
+    run: Run,
+    ledger: Ledger,
+    model: Model,
+    sha256: str,
+    before: HeldOutLoss,
+    after: HeldOutLoss,
+    public: bool = False,
+) -> Finished:
+    card = build_card(card_inputs(run, ledger, sha256, before, after))
+    write_card(card, run.folder / "card.json")
+    done = Finished(run, model, before, after, card, training_curve(run))
+    write_page(done, public=public)
+    return done
+
+
+def page_path(run: Run, public: bool = False) -> pathlib.Path:
+    """Where the report lies; the public one has nothing in it that epsilon does not cover."""
+    return run.folder / ("report-public.html" if public else "report.html")
+
+
+def write_page(done: Finished, extras: Extras | None = None, public: bool = False) -> None:
+    """Writes the report page of a finished run, with more on it if there is more."""
+    extras = Extras() if extras is None else extras
+    write_report(
+        done.card,
+        (done.training_curve, *extras.curves),
+        page_path(done.run, public),
+        samples=extras.samples,
+        tables=extras.tables,
+        public=public,
+    )
 
 
 def _as_pretraining(run: Run) -> dict[str, Any]:
@@ -156,19 +190,3 @@ def card_inputs(
         ),
         utility=(utility("before training", before), utility("after training", after)),
     )
-
-
-def _write(run, ledger, model, sha256, before, after, extras, public=False):
-    card = build_card(card_inputs(run, ledger, sha256, before, after))
-    write_card(card, run.folder / "card.json")
-    more = Extras() if extras is None else extras(model, before, after, card)
-    page = run.folder / ("report-public.html" if public else "report.html")
-    write_report(
-        card,
-        (training_curve(run), *more.curves),
-        page,
-        samples=more.samples,
-        tables=more.tables,
-        public=public,
-    )
-    return card, page
