@@ -12,6 +12,7 @@ from dpjax.report.evidence import (
     Bounds,
     Evidence,
     examine,
+    finite,
     run_bounds,
     total_bounds,
 )
@@ -117,7 +118,10 @@ def build_card(inputs: CardInputs, created: datetime.datetime | None = None) -> 
             "contribution_bounding": inputs.contribution_bounding,
             "scrubber": "none",
         },
-        "utility": [dict(entry) for entry in inputs.utility],
+        "utility": [
+            {**entry, **{key: finite(entry[key]) for key in ("value", "low", "high")}}
+            for entry in inputs.utility
+        ],
         "audit": {
             "performed": False,
             "epsilon_lower": None,

@@ -24,7 +24,7 @@ from dpjax.types import NeighboringRelation
 NO_GUARANTEE = "no formal guarantee"
 FALSE_POSITIVE_RATE = 0.01
 
-_CURVE_POINTS = 41
+_CURVE_POINTS = 31
 _GROUPS = (2, 4, 8)
 _PROFILE = (1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-10)
 

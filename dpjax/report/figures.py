@@ -3,6 +3,7 @@
 import html
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -158,7 +159,12 @@ def _svg(figure: Any, axes: Any, title: str, description: str, prefix: str) -> s
     )
     buffer = io.StringIO()
     # Text stays text: it takes the page's font and can be read aloud. The salt makes it repeatable.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dpjax"}):
+    with (
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dpjax"}),
+        warnings.catch_warnings(),
+    ):
+        # A name in a script that matplotlib's own font lacks is only measured a little wrong.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].strip()

@@ -1,7 +1,6 @@
 """What a run knows about itself that neither its mechanism nor its ledger can tell."""
 
 import dataclasses
-import math
 from typing import Any
 
 from dpjax import accounting
@@ -60,7 +59,8 @@ class CardInputs:
       not_covered: what read private records outside the guarantee.
       trials_outside_ledger: runs on these records that the ledger does not hold; None if unknown.
       utility: dicts with "metric", "split", "value", "low", "high" (interval or None), "n",
-        "covered" (whether epsilon covers the number), and optionally "model" and "unit".
+        "covered" (whether epsilon covers the number), and optionally "model" and "unit". A number
+        that is not finite is null on the card.
 
     Raises:
       DpjaxError: an impossible value, with the value and the remedy.
@@ -138,11 +138,6 @@ class CardInputs:
                 )
         for entry in self.utility:
             _check_keys("utility", entry, _UTILITY, _UTILITY_OPTIONAL)
-            if not math.isfinite(entry["value"]):
-                raise DpjaxError(
-                    f"utility {entry['metric']!r} is {entry['value']}; only finite numbers can be "
-                    "reported: leave it out, and say why in not_covered"
-                )
 
 
 def _check_sha256(name: str, value: str | None) -> None:

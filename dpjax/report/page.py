@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dpjax.report.card import round_up
 from dpjax.report.figures import Curve, epsilon_figure, loss_figure
 from dpjax.report.files import validate_card, write_whole
@@ -65,7 +67,8 @@ def report_html(
 
     Args:
       card: from `build_card` or `read_card`.
-      curves: losses over iterations; epsilon over iterations is in the card.
+      curves: losses over iterations, without the points that are not finite; epsilon over
+        iterations is in the card.
       samples: generated texts.
       tables: e.g. held-out losses of several models.
       public: leave out every curve, table, sample and utility number that the bound does not
@@ -79,6 +82,7 @@ def report_html(
 required property; build it with dpjax.report.build_card
     """
     validate_card(card)
+    curves = [drawable for drawable in map(_finite, curves) if len(drawable.values)]
     if public:
         card = public_card(card)
         curves = [curve for curve in curves if curve.covered]
@@ -122,6 +126,15 @@ def public_card(card: dict[str, Any]) -> dict[str, Any]:
     published["utility"] = [entry for entry in published["utility"] if entry["covered"]]
     published["hazards"] = [h for h in published["hazards"] if h["code"] != "utility_uncovered"]
     return published
+
+
+def _finite(curve: Curve) -> Curve:
+    """A diverged run has a report too: points that are not finite are left out."""
+    values = np.asarray(curve.values, np.float64)
+    if len(values) != len(curve.iterations):
+        return curve  # refused, with its name, when it is drawn
+    kept = np.isfinite(values)
+    return curve._replace(iterations=np.asarray(curve.iterations)[kept], values=values[kept])
 
 
 def _text(value: Any) -> str:
@@ -242,7 +255,9 @@ def _utility(card: dict[str, Any]) -> str:
         interval = "–"
         if entry["low"] is not None and entry["high"] is not None:
             interval = f"{entry['low']:.4g} to {entry['high']:.4g}"
-        value = f"{entry['value']:.4g} {entry.get('unit', '')}".strip()
+        value = "not finite"
+        if entry["value"] is not None:
+            value = f"{entry['value']:.4g} {entry.get('unit', '')}".strip()
         name = " ".join(part for part in (entry.get("model", ""), entry["metric"]) if part)
         count = "–" if entry["n"] is None else f"{entry['n']:,}"
         rows.append((name, entry["split"], value, interval, count))
