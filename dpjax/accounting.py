@@ -135,7 +135,25 @@ def _compose(
     accountant: Accountant,
     neighboring_relation: NeighboringRelation,
 ) -> dp_accounting.PrivacyAccountant:
-    """An accountant with ``dp_event`` composed, or a line saying why it cannot be."""
+    """An accountant with ``dp_event`` composed, or a line saying why it cannot be. Read only."""
+    # A report asks for many numbers of few events, and PLD takes seconds for each event. Events
+    # are frozen, and their repr is complete, but those with lists have no hash.
+    key = (repr(dp_event), accountant, neighboring_relation)
+    if key not in _COMPOSED:
+        if len(_COMPOSED) >= 32:
+            _COMPOSED.pop(next(iter(_COMPOSED)))
+        _COMPOSED[key] = _compose_afresh(dp_event, accountant, neighboring_relation)
+    return _COMPOSED[key]
+
+
+_COMPOSED: dict[Any, dp_accounting.PrivacyAccountant] = {}
+
+
+def _compose_afresh(
+    dp_event: dp_accounting.DpEvent,
+    accountant: Accountant,
+    neighboring_relation: NeighboringRelation,
+) -> dp_accounting.PrivacyAccountant:
     made = _make_accountant(accountant, neighboring_relation)
     leaves = _events(dp_event)
     if neighboring_relation is NeighboringRelation.REPLACE_ONE and any(
@@ -226,9 +244,7 @@ def _renyi_divergences(
     return made._orders, np.asarray(made._rdp)  # type: ignore[attr-defined]
 
 
-def _epsilon_from_renyi(
-    orders: np.ndarray, divergences: np.ndarray, delta: float, truncated: float
-) -> float:
+def _epsilon_from_renyi(orders: Any, divergences: Any, delta: float, truncated: float) -> float:
     """Smallest e with a d such that (e, d) holds without truncation and d pays for it as well."""
     low = float(_quiet(lambda: rdp.compute_epsilon(orders, divergences, delta)[0]))
     if truncated == 0.0 or not math.isfinite(low):
@@ -408,11 +424,11 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
     def excess(e: float) -> float:
         upper = stats.norm.cdf(mu / 2 - e / mu)
         lower = math.exp(e + stats.norm.logcdf(-mu / 2 - e / mu))
-        return upper - lower - delta
+        return float(upper - lower - delta)
 
     if excess(0.0) <= 0:
         return 0.0
     high = 1.0
     while excess(high) > 0:
         high *= 2
-    return float(optimize.brentq(excess, 0.0, high, xtol=1e-9))
+    return float(optimize.bisect(excess, 0.0, high, xtol=1e-9))  # pyright: ignore[reportArgumentType]

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +99,7 @@ def _train_step(
     share = 1.0 / jnp.maximum(present, 1).astype(jnp.float32)
     info = StepInfo(
         iteration,
-        optax.global_norm(noisy),
+        optax.tree.norm(noisy),
         jnp.sum(jnp.where(jnp.isfinite(losses), losses, 0.0)) * share,
         present,
         cut * share,
@@ -122,7 +122,7 @@ def fit(
     ledger: Ledger | None = None,
     run: int | None = None,
     max_iterations: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Iterator[tuple[TrainState, StepInfo]]:
     """Trains from ``state.iteration`` to the planned end, yielding after every iteration.
 

@@ -49,7 +49,7 @@ def describe(run: Run) -> str:
     mechanism, size = run.mechanism, len(run.training)
     lines = [
         f"{size:,} training and {len(run.held_out):,} held-out examples of "
-        f"{run.training.sequence_length} tokens; one {run.training.unit} is the unit of privacy",
+        f"{run.training.sequence_length} tokens; the unit of privacy is one record",
         f"{count_parameters(run.start.params):,} parameters; {mechanism.iterations} iterations of "
         f"{mechanism.sampling_probability * size:g} examples on average ({mechanism.sampling})",
     ]
@@ -63,7 +63,7 @@ def describe(run: Run) -> str:
             f"norm {mechanism.l2_clip_norm:g}, {mechanism.relation.name.lower()}"
         )
     else:
-        lines.append("no noise: no formal guarantee")
+        lines.append("no noise: no formal guarantee, at no epsilon")
     return "\n".join(lines)
 
 
@@ -77,17 +77,17 @@ def drive(run: Run, ledger: Ledger, label: str, *, quiet: bool = False) -> Train
         curve = run.mechanism.epsilon_curve(run.delta)
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]} (private)"),
-        TextColumn("{task.fields[speed]} tokens/s"),
+        TextColumn("loss {task.fields[loss]}"),
+        TextColumn("{task.fields[speed]} tok/s"),
         TextColumn("epsilon {task.fields[epsilon]}"),
         TimeRemainingColumn(),
     )
     state = None
     with Progress(*columns, console=console, disable=quiet) as bar:
         task = bar.add_task(
-            label, total=run.mechanism.iterations, loss="-", speed="-", epsilon="none spent"
+            label, total=run.mechanism.iterations, loss="-", speed="-", epsilon="-"
         )
         clock, seen = None, 0
         for step in execute(run, ledger):
@@ -106,7 +106,7 @@ def drive(run: Run, ledger: Ledger, label: str, *, quiet: bool = False) -> Train
                 total=step.iterations,
                 loss=f"{step.sensitive_loss:.3f}",
                 speed=f"{seen / elapsed:,.0f}" if elapsed > 0 else "-",
-                epsilon="unbounded" if curve is None else f"{curve[step.iteration]:.2f}",
+                epsilon="none" if curve is None else f"{curve[step.iteration]:.2f}",
             )
     assert state is not None
     return state

@@ -1,4 +1,4 @@
-"""The main job: a small model on public text, then on private dialogues with and without privacy."""
+"""The main job: a small model on public text, then on private dialogues, plain and private."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ class _Scale:
 
 
 _SCALES = {
-    "full": _Scale(None, (250, 64), (200, 64), (80, 256), {1: 4, 8: 4, 64: 8}),
+    "full": _Scale(None, (200, 64), (150, 64), (60, 256), {1: 4, 8: 4, 64: 8}),
     "smoke": _Scale(400, (4, 16), (4, 16), (3, 32), {1: 1, 8: 1}),
 }
 _SEQUENCE_LENGTH = 64
@@ -125,13 +125,13 @@ def demo(config: DemoConfig) -> None:
     private = _train(private_config)
 
     console.rule("5. side by side")
-    extras = _compare(start, plain, private, planted)
+    extras = _compare(config, start, plain, private, planted)
     write_page(private, extras)
     for table in extras.tables:
         console.print(_rich(table))
     for sample in extras.samples:
-        console.print(f"[bold]{sample.name}:[/bold]", escape(sample.text.replace("\n", " / ")))
-    console.print(f"\n{private.claim}")
+        console.print(f"[bold]{sample.model}:[/bold]", escape(sample.text.replace("\n", " / ")))
+    console.print(f"\nepsilon {private.epsilon}\n{private.claim}")
     console.print(f"privacy card: {private.run.folder / 'card.json'}")
     console.print(f"report:       {page_path(private.run)}")
     console.print(f"model:        {private.run.folder / 'model'}")
@@ -185,12 +185,14 @@ def _train(config: TrainConfig) -> Finished:
         return finish(run, ledger, drive(run, ledger, run.folder.name))
 
 
-def _compare(start: Model, plain: Finished, private: Finished, planted: PlantedPII) -> Extras:
+def _compare(
+    config: DemoConfig, start: Model, plain: Finished, private: Finished, planted: PlantedPII
+) -> Extras:
     """The three models beside each other, for the terminal and for the report page."""
     models = [
         ("public start", start, private.before),
         ("without privacy", plain.model, plain.after),
-        (f"private (epsilon {private.epsilon})", private.model, private.after),
+        (f"private, epsilon {config.target_epsilon:g}", private.model, private.after),
     ]
     losses = TableData(
         "Held-out loss",
@@ -216,7 +218,11 @@ def _compare(start: Model, plain: Finished, private: Finished, planted: PlantedP
             for name, model, _ in models
         ),
     )
-    samples = tuple(Sample(name, text) for name, model, _ in models for text in _texts(model))
+    samples = tuple(
+        Sample(name, text, covered=model is not plain.model)
+        for name, model, _ in models
+        for text in _texts(model)
+    )
     curve = plain.training_curve._replace(name="without privacy")
     return Extras((losses, secrets), samples, (curve,))
 

@@ -21,7 +21,7 @@ class Progress(NamedTuple):
 
     iteration: int
     iterations: int  # that will be taken, after the budget guard
-    sensitive_loss: float | None  # mean over the batch, nats per position; None after the end
+    sensitive_loss: float | None  # of the batch, about nats per token; None after the end
     sensitive_tokens: int  # positions differentiated
     state: TrainState
 
@@ -70,6 +70,8 @@ def execute(run: Run, ledger: Ledger) -> Iterator[Progress]:
             )
         metrics = _Metrics(run.folder / "metrics.jsonl", int(state.iteration))
         positions = run.training.sequence_length - 1
+        # The loss is per position, padding included (a public constant); people read it per token.
+        per_token = positions * len(run.training) / max(1, run.training.loss_mask[:, 1:].sum())
         loss_fn = language_model_loss(run.start.config)
         steps = fit(
             state,
@@ -84,7 +86,7 @@ def execute(run: Run, ledger: Ledger) -> Iterator[Progress]:
         iteration = int(state.iteration)
         for state, info in steps:
             iteration += 1
-            loss = float(info.sensitive_loss)
+            loss = float(info.sensitive_loss * per_token)
             metrics.append(iteration, loss)
             if iteration % config.checkpoint_every == 0 or iteration == end:
                 metrics.flush()

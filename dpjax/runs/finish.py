@@ -106,7 +106,7 @@ def write_page(done: Finished, extras: Extras | None = None, public: bool = Fals
     extras = Extras() if extras is None else extras
     write_report(
         done.card,
-        (done.training_curve, *extras.curves),
+        (done.training_curve, held_out_curve(done), *extras.curves),
         page_path(done.run, public),
         samples=extras.samples,
         tables=extras.tables,
@@ -121,13 +121,20 @@ def _as_pretraining(run: Run) -> dict[str, Any]:
 
 
 def training_curve(run: Run) -> Curve:
-    """Training loss by iteration, nats per position. Private."""
+    """Training loss by iteration, about nats per token. Private."""
     metrics = [m for m in read_metrics(run.folder / "metrics.jsonl") if m["loss"] is not None]
     return Curve(
         run.folder.name,
         np.array([m["iteration"] for m in metrics], dtype=np.int64),
         np.array([m["loss"] for m in metrics], dtype=np.float64),
     )
+
+
+def held_out_curve(done: Finished) -> Curve:
+    """Held-out loss before and after, nats per token. Private."""
+    values = [done.before.nats_per_token, done.after.nats_per_token]
+    iterations = [0, max(1, int(done.card["accounting"]["steps_executed"]))]
+    return Curve(done.training_curve.name, iterations, values, "held out")
 
 
 def card_inputs(
@@ -159,7 +166,7 @@ def card_inputs(
         ledger=ledger,
         run=number,
         delta=run.delta,
-        unit=training.unit,
+        unit=f"one record (of {training.name}, cut to {training.sequence_length} tokens)",
         # The bound that was enforced; the largest count found would be a fact about one person.
         max_units_per_person=config.max_examples_per_user,
         dataset_name=training.name,

@@ -1,0 +1,22 @@
+"""Strict arithmetic, no network, and a compilation cache that all tests of a session share."""
+
+import os
+import pathlib
+
+import pytest
+
+# Before JAX starts, and for the processes that tests start. Many tests compile the same step.
+_CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "xla"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def strict_arithmetic():
+    """A forgotten axis or a silently widened dtype is an error, not a wrong number."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
