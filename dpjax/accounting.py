@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import dp_accounting
 import numpy as np
 from dp_accounting import pld, rdp
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 from dpjax.errors import DpjaxError
 from dpjax.types import NeighboringRelation, as_neighboring_relation
@@ -422,8 +422,8 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
     """epsilon of the Gaussian mechanism with sensitivity / stddev = mu (Balle and Wang, 2018)."""
 
     def excess(e: float) -> float:
-        upper = stats.norm.cdf(mu / 2 - e / mu)
-        lower = math.exp(e + stats.norm.logcdf(-mu / 2 - e / mu))
+        upper = special.ndtr(mu / 2 - e / mu)
+        lower = math.exp(e + special.log_ndtr(-mu / 2 - e / mu))
         return float(upper - lower - delta)
 
     if excess(0.0) <= 0:

@@ -47,7 +47,11 @@ def _flatten(tree: PyTree) -> dict[str, np.ndarray]:
 
 def _unflatten(like: PyTree, flat: dict[str, np.ndarray], where: pathlib.Path) -> PyTree:
     """The inverse of `_flatten`, with the structure, shapes and dtypes of ``like`` enforced."""
-    expected = _flatten(jax.tree.map(_concrete_zeros, like))
+    expected = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(like)[0]:
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        stored = jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
+        expected[jax.tree_util.keystr(path, simple=True, separator=".")] = stored
     if set(expected) != set(flat):
         odd = sorted(set(expected) ^ set(flat))
         raise DpjaxError(
@@ -56,7 +60,7 @@ def _unflatten(like: PyTree, flat: dict[str, np.ndarray], where: pathlib.Path) -
         )
     for name, value in expected.items():
         found = flat[name]
-        if (value.shape, value.dtype) != (found.shape, found.dtype):
+        if (tuple(value.shape), value.dtype) != (found.shape, found.dtype):
             raise DpjaxError(
                 f"checkpoint {where} does not fit this run: {name!r} is {found.dtype}"
                 f"{list(found.shape)}, expected {value.dtype}{list(value.shape)}"
@@ -70,12 +74,6 @@ def _unflatten(like: PyTree, flat: dict[str, np.ndarray], where: pathlib.Path) -
         else:
             leaves.append(jnp.asarray(value))
     return jax.tree.unflatten(treedef, leaves)
-
-
-def _concrete_zeros(leaf: Any) -> Any:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.key(0) if leaf.shape == () else leaf
-    return np.zeros(leaf.shape, leaf.dtype)
 
 
 def digest(tree: PyTree) -> str:

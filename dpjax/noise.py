@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Int
 
 from dpjax.errors import DpjaxError
-from dpjax.types import PyTree, RandomKey, require_key
+from dpjax.types import PyTree, RandomKey, accumulation_dtype, require_key
 
 
 class NoiseState(NamedTuple):
@@ -34,7 +34,7 @@ def gaussian_noise_like(tree: PyTree, stddev: float, key: RandomKey) -> PyTree:
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(key, max(len(leaves), 1))
     draws = [
-        stddev * jax.random.normal(k, leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
+        stddev * jax.random.normal(k, leaf.shape, accumulation_dtype(leaf.dtype))
         for k, leaf in zip(keys, leaves, strict=False)
     ]
     return jax.tree.unflatten(treedef, draws)

@@ -19,6 +19,7 @@ __all__ = [
     "PyTree",
     "RandomKey",
     "TrainingData",
+    "accumulation_dtype",
     "as_neighboring_relation",
     "require_key",
 ]
@@ -60,6 +61,16 @@ class TrainingData(Protocol):
     def fingerprint(self) -> str:
         """Hex sha256 of the content, so that a resume on other data is refused."""
         ...
+
+
+def accumulation_dtype(dtype: Any) -> Any:
+    """float32, or float64 where the values are: what norms, sums and noise are computed in.
+
+    Example:
+      >>> accumulation_dtype(jnp.bfloat16)
+      dtype('float32')
+    """
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
 def as_neighboring_relation(value: NeighboringRelation | str) -> NeighboringRelation:

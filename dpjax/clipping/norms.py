@@ -4,15 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dpjax.types import PyTree
-
-
-def _accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
+from dpjax.types import PyTree, accumulation_dtype
 
 
 def _leaf_squared_norms(leaf: Array) -> Float[Array, " batch"]:
-    wide = leaf.astype(_accumulation_dtype(leaf.dtype))
+    wide = leaf.astype(accumulation_dtype(leaf.dtype))
     return jnp.sum(jnp.square(wide), axis=tuple(range(1, leaf.ndim)))
 
 
@@ -87,7 +83,7 @@ def clip_and_sum(
     any_unclean = ~jnp.all(jnp.isfinite(norms))
 
     def weighted_sum(leaf: Array) -> Array:
-        wide = leaf.astype(_accumulation_dtype(leaf.dtype))
+        wide = leaf.astype(accumulation_dtype(leaf.dtype))
 
         def dot(rows: Array) -> Array:
             # Full precision: accelerators may run a float32 dot in a narrower type, which would

@@ -172,9 +172,29 @@ def run_bounds(inputs: CardInputs, evidence: Evidence) -> Bounds:
     if evidence.void or not inputs.mechanism.is_private:
         return Bounds()
     event = merged(inputs.ledger.dp_event(inputs.run))
-    relation, delta = inputs.mechanism.relation, inputs.delta
+    delta = inputs.delta
     if evidence.steps_executed == 0:
         return Bounds(0.0, 0.0)
+    sizes = tuple(
+        sorted({*_GROUPS, inputs.examples_per_record, inputs.max_units_per_person or 1} - {1})
+    )
+    # A card is rebuilt whenever its page is, and PLD takes seconds for each event.
+    key = (repr(event), repr(inputs.mechanism), evidence.steps_executed, delta)
+    key = (*key, inputs.dataset_size, sizes)
+    if key not in _KNOWN:
+        if len(_KNOWN) >= 32:
+            _KNOWN.pop(next(iter(_KNOWN)))
+        _KNOWN[key] = _bounds(inputs, evidence, event, sizes)
+    return _KNOWN[key]
+
+
+_KNOWN: dict[tuple, Bounds] = {}
+
+
+def _bounds(
+    inputs: CardInputs, evidence: Evidence, event: dp_accounting.DpEvent, sizes: tuple[int, ...]
+) -> Bounds:
+    relation, delta = inputs.mechanism.relation, inputs.delta
     plain, truncation = accounting.untruncate(event)
     curve = privacy_curve(event)
     by_rdp = _epsilon(event, delta, "rdp", relation)
@@ -188,14 +208,13 @@ def run_bounds(inputs: CardInputs, evidence: Evidence) -> Bounds:
         renyi = by_rdp if at == delta else _epsilon(event, at, "rdp", relation)
         numerical = by_pld if at == delta or curve is None else finite(curve.epsilon(at))
         profile.append((at, renyi, numerical))
-    sizes = {*_GROUPS, inputs.examples_per_record, inputs.max_units_per_person or 1} - {1}
     return Bounds(
         by_rdp,
         by_pld,
         truncation,
         accounting.gaussian_dp_mu(plain, inputs.dataset_size),
         tuple(profile),
-        tuple(group_guarantee(event, size, delta, relation) for size in sorted(sizes)),
+        tuple(group_guarantee(event, size, delta, relation) for size in sizes),
         None if curve is None else true_positive_rate_bound(curve, FALSE_POSITIVE_RATE),
         *_spent(inputs, evidence),
     )

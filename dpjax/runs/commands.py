@@ -86,9 +86,7 @@ def drive(run: Run, ledger: Ledger, label: str, *, quiet: bool = False) -> Train
     )
     state = None
     with Progress(*columns, console=console, disable=quiet) as bar:
-        task = bar.add_task(
-            label, total=run.mechanism.iterations, loss="-", speed="-", epsilon="-"
-        )
+        task = bar.add_task(label, total=run.mechanism.iterations, loss="-", speed="-", epsilon="-")
         clock, seen = None, 0
         for step in execute(run, ledger):
             state = step.state

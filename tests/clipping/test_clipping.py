@@ -148,7 +148,7 @@ def test_bfloat16_parameters_sum_in_float32(params):
     norms = np.sqrt(sum((g**2).reshape(64, -1).sum(1) for g in jax.tree.leaves(wide)))
     factor = np.minimum(1, 0.1 / norms)
     expected = jax.tree.map(lambda g: np.tensordot(factor, g, 1), wide)
-    close(total, expected, rtol=2e-5)
+    close(total, expected, rtol=1e-3)  # bfloat16 sums would be off by 1e-2
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e4, 1e15])
@@ -238,7 +238,10 @@ def test_microbatch_order_gathers_padding(params):
         (lambda: clipped_grad(net, 1.0, normalize_by=0.0), "normalize_by is 0.0"),
         (lambda: clipped_grad(net, 1.0).sensitivity("swap"), "neighboring_relation is 'swap'"),
         (lambda: clipped_grad(net, 1.0)({}, {"a": np.ones(2), "b": np.ones(3)}), "same leading"),
-        (lambda: clipped_grad(net, 1.0)({}, {"a": np.ones(2)}, np.ones(3, bool)), r"must be \(2,\)"),
+        (
+            lambda: clipped_grad(net, 1.0)({}, {"a": np.ones(2)}, np.ones(3, bool)),
+            r"must be \(2,\)",
+        ),
     ],
 )
 def test_bad_input_is_one_line(call, words):

@@ -124,7 +124,7 @@ def test_fashion_mnist_reads_raw_and_gz_from_argument_or_environment(tmp_path, m
     train, test = load_fashion_mnist(packed)
     assert train.images.shape == (6, 28, 28, 1) and test.labels.tolist() == [0, 1, 2, 3]
     assert train.images.dtype == np.float32 and train.labels.dtype == np.int32
-    assert 0 <= train.images.min() and train.images.max() <= 1
+    assert train.images.min() >= 0 and train.images.max() <= 1
     expected = np.random.default_rng(0).integers(0, 256, (6, 28, 28))
     np.testing.assert_allclose(train.images[..., 0] * 255, expected, atol=1e-4)
     np.testing.assert_array_equal(load_fashion_mnist(str(raw))[0].images, train.images)

@@ -21,7 +21,10 @@ def call(monkeypatch, capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train", "--data", "x.jsonl", "--target-epsilom", "3"], ["--target-epsilom", "--target-epsilon"]),
+        (
+            ["train", "--data", "x.jsonl", "--target-epsilom", "3"],
+            ["--target-epsilom", "did you mean --target-epsilon"],
+        ),
         (["train", "--data", "x.jsonl", "--target-epsilon", "much"], ["--target-epsilon", "much"]),
         (["train"], ["--data"]),
         (["trian"], ["trian"]),

@@ -186,6 +186,7 @@ def test_an_unfinished_ledger_line_is_dropped(config):
     assert read_json(run.folder / "card.json", "")["accounting"]["steps_executed"] == 6
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_corrupt_checkpoint_is_named_and_the_one_before_still_works(config, tmp_path):
     train(config)
     expected = params_sha256(config.output)
