@@ -97,9 +97,13 @@ def _digest(flat: dict[str, np.ndarray]) -> str:
 
 
 @contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
-    """Turns a full disk or a forbidden folder into one line."""
+def _writing(path: pathlib.Path, flat: dict[str, np.ndarray] | None = None) -> Iterator[None]:
+    """Turns a full disk or a forbidden folder into one line, before writing where it can."""
+    # Orbax writes each array twice before it merges them.
+    needed = 0 if flat is None else (1 << 19) + int(2.5 * sum(v.nbytes for v in flat.values()))
     try:
+        if shutil.disk_usage(_existing_parent(path)).free < needed:
+            raise OSError(errno.ENOSPC, "No space left on device")
         yield
     except Exception as error:
         text = " ".join(str(error).split())
@@ -165,17 +169,16 @@ class Checkpointer:
         args = _orbax().args
         flat = _flatten(state)
         facts = {**facts, "iteration": iteration, "state_sha256": _digest(flat)}
-        with _writing(self.folder):
-            self._manager.save(
-                iteration,
-                args=args.Composite(
-                    **{
-                        _STATE: args.StandardSave(flat),
-                        _FACTS: args.JsonSave(facts),
-                    }
-                ),
-            )
-            self._manager.wait_until_finished()
+        items = {_STATE: args.StandardSave(flat), _FACTS: args.JsonSave(facts)}
+        try:
+            with _writing(self.folder, flat):
+                self._manager.save(iteration, args=args.Composite(**items))
+                self._manager.wait_until_finished()
+        except DpjaxError:
+            # What was begun is no use, and the room it takes may be what the resume needs.
+            for unfinished in self.folder.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
     def latest(self) -> int | None:
         """Iteration of the newest complete checkpoint."""
@@ -245,7 +248,7 @@ def save_params(folder: str | os.PathLike, params: PyTree) -> str:
     """
     path = pathlib.Path(folder).absolute()
     flat = _flatten(params)
-    with _writing(path), _orbax().StandardCheckpointer() as checkpointer:
+    with _writing(path, flat), _orbax().StandardCheckpointer() as checkpointer:
         checkpointer.save(path, flat, force=True)
     return _digest(flat)
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import logging
 import sys
 from typing import Annotated
 
@@ -171,6 +172,9 @@ def _run(config: object) -> None:
 
 def main() -> None:
     """Entry point of the ``dpjax`` command. Bad input: one line on stderr and exit code 2."""
+    # The storage library leaves failed background tasks behind, whose tracebacks would follow the
+    # one line that says what happened.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         _run(_parse(sys.argv[1:]))
     except DpjaxError as error:

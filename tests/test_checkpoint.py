@@ -1,6 +1,7 @@
 """Checkpoints: bitwise round trips, nothing silently wrong."""
 
 import errno
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -108,3 +109,16 @@ def test_a_full_disk_is_said_in_one_line(tmp_path, error):
     with pytest.raises(DpjaxError, match="the disk is full") as caught, _writing(tmp_path):
         raise error
     assert "\n" not in str(caught.value)
+
+
+def test_too_little_room_is_noticed_before_writing(tmp_path, monkeypatch):
+    with Checkpointer(tmp_path / "c") as checkpointer:
+        checkpointer.save(1, {"w": jnp.ones(1000)}, {})
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=5000))
+        with pytest.raises(DpjaxError, match="the disk is full"):
+            checkpointer.save(2, {"w": jnp.ones(1000)}, {})
+        monkeypatch.undo()
+        assert checkpointer.latest() == 1
+        checkpointer.save(2, {"w": jnp.ones(1000)}, {})
+        assert checkpointer.latest() == 2

@@ -166,7 +166,7 @@ def card_inputs(
         ledger=ledger,
         run=number,
         delta=run.delta,
-        unit=f"one record (of {training.name}, cut to {training.sequence_length} tokens)",
+        unit=f"one record of at most {training.sequence_length} tokens",
         # The bound that was enforced; the largest count found would be a fact about one person.
         max_units_per_person=config.max_examples_per_user,
         dataset_name=training.name,
@@ -180,7 +180,7 @@ def card_inputs(
             else "none"
         ),
         pretraining=run.start.pretraining,
-        model_name=config.model if run.start_is_preset else pathlib.Path(config.model).name,
+        model_name=f"decoder with {parameters:,} parameters",
         num_parameters=parameters,
         num_trained_parameters=parameters,
         optimizer=f"{config.optimizer}, peak learning rate {config.learning_rate:g}",
