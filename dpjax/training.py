@@ -73,6 +73,7 @@ def _train_step(
     mechanism: DPSGD,
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
+    state_sharding: jax.sharding.Sharding | None = None,
 ) -> tuple[TrainState, StepInfo]:
     """One iteration: clip, sum, add noise once, update. Pure; jitted as `train_step`.
 
@@ -81,6 +82,8 @@ def _train_step(
       batch: pytree whose leaves have a leading axis ``physical``.
       is_padding_example: bool[physical].
       mechanism, loss_fn, optimizer: static; one compilation for each combination.
+      state_sharding: static; where the new state lies. With several devices it must be where the
+        old one lay, or the next step compiles again for what XLA chose.
 
     Guarantee:
       Of the batch, only the noisy sum reaches the new parameters and optimizer state. An empty
@@ -105,10 +108,15 @@ def _train_step(
         cut * share,
         clip,
     )
-    return TrainState(params, (noise_state, inner), state.sampling_key, iteration), info
+    after = TrainState(params, (noise_state, inner), state.sampling_key, iteration)
+    if state_sharding is not None:
+        after = jax.lax.with_sharding_constraint(after, state_sharding)
+    return after, info
 
 
-train_step = jax.jit(_train_step, static_argnames=("mechanism", "loss_fn", "optimizer"))
+train_step = jax.jit(
+    _train_step, static_argnames=("mechanism", "loss_fn", "optimizer", "state_sharding")
+)
 
 
 def fit(
@@ -203,6 +211,7 @@ def fit(
             mechanism=mechanism,
             loss_fn=loss_fn,
             optimizer=optimizer,
+            state_sharding=replicated,
         )
         yield state, info
 
