@@ -12,7 +12,7 @@ import optax
 from dpjax.data import ArrayDataset
 from dpjax.mechanism import DPSGD
 from dpjax.noise import gaussian_privatizer
-from dpjax.training import fit, init_state  # noqa: E402
+from dpjax.training import fit, init_state
 
 
 def loss_fn(params, example):

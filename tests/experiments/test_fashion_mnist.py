@@ -44,7 +44,7 @@ def _smoke_config(**changes):
 def test_smoke_preset_learns_within_its_budget_in_one_compilation(tmp_path):
     output = tmp_path / "results.json"
     config = _smoke_config(output=str(output))
-    # The loop's own batch statistics mix an integer count with a float.
+    # The loop multiplies an integer count by a float in its batch statistics.
     with jax.numpy_dtype_promotion("standard"):
         summary = experiment.run(config)
     assert summary["mean_accuracy"] > 0.6  # guessing gives 0.1
