@@ -183,6 +183,7 @@ def test_padding_has_no_gradient():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@jax.numpy_dtype_promotion("standard")  # flax's norms promote bfloat16 statistics themselves
 def test_bfloat16_model_has_bfloat16_parameters_and_float32_logits():
     config = dataclasses.replace(TINY, dtype="bfloat16")
     params = init_params(config, jax.random.key(0))
