@@ -105,7 +105,7 @@ def _train_step(
         optax.tree.norm(noisy),
         jnp.sum(jnp.where(jnp.isfinite(losses), losses, 0.0)) * share,
         present,
-        cut * share,
+        cut.astype(jnp.float32) * share,
         clip,
     )
     after = TrainState(params, (noise_state, inner), state.sampling_key, iteration)
