@@ -59,17 +59,8 @@ def describe_release(sampler: samplers.Sampler, noise_multiplier: float) -> dict
 
 def released_event(release: dict[str, Any], count: int) -> dp_accounting.DpEvent:
     """dp_accounting event of ``count`` such releases."""
-    kinds = {
-        kind.name: kind
-        for kind in (
-            samplers.PoissonSampler,
-            samplers.TruncatedPoissonSampler,
-            samplers.FixedSizeSampler,
-            samplers.ShuffledSampler,
-        )
-    }
     fields = dict(release)
-    kind = kinds[fields.pop("sampling")]
+    kind = samplers.SAMPLERS[fields.pop("sampling")]
     noise_multiplier = fields.pop("noise_multiplier")
     if count and noise_multiplier == 0.0:
         return dp_accounting.NonPrivateDpEvent()

@@ -28,13 +28,6 @@ from dpjax.types import (
 
 Sampling = Literal["poisson", "truncated_poisson", "fixed_size", "shuffled"]
 
-_SAMPLERS = {
-    "poisson": samplers.PoissonSampler,
-    "truncated_poisson": samplers.TruncatedPoissonSampler,
-    "fixed_size": samplers.FixedSizeSampler,
-    "shuffled": samplers.ShuffledSampler,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class DPSGD:
@@ -95,8 +88,10 @@ class DPSGD:
     accountant: accounting.Accountant = "rdp"
 
     def __post_init__(self):
-        if self.sampling not in _SAMPLERS:
-            raise DpjaxError(f"sampling is {self.sampling!r}; use one of: {', '.join(_SAMPLERS)}")
+        if self.sampling not in samplers.SAMPLERS:
+            raise DpjaxError(
+                f"sampling is {self.sampling!r}; use one of: {', '.join(samplers.SAMPLERS)}"
+            )
         if self.iterations < 1:
             raise DpjaxError(f"iterations is {self.iterations}; it must be at least 1")
         by_target = self.target_epsilon is not None or self.target_delta is not None
@@ -106,7 +101,7 @@ class DPSGD:
                 f"{self.target_epsilon}, target_delta is {self.target_delta}; give either the noise"
                 " multiplier or both targets"
             )
-        proven = _SAMPLERS[self.sampling].neighboring_relations
+        proven = samplers.SAMPLERS[self.sampling].neighboring_relations
         relation = self.neighboring_relation
         relation = proven[0] if relation is None else as_neighboring_relation(relation)
         if relation not in proven:

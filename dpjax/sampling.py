@@ -292,6 +292,12 @@ class ShuffledSampler(_Sampler):
 
 Sampler: TypeAlias = PoissonSampler | TruncatedPoissonSampler | FixedSizeSampler | ShuffledSampler
 
+SAMPLERS: dict[str, type[Sampler]] = {
+    kind.name: kind
+    for kind in (PoissonSampler, TruncatedPoissonSampler, FixedSizeSampler, ShuffledSampler)
+}
+"""Every sampler by its name, for configurations and ledgers."""
+
 
 def composed_dp_event(
     sampler: Sampler, noise_multiplier: float, iterations: int

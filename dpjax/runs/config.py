@@ -39,6 +39,7 @@ from dpjax.data import (
 from dpjax.errors import DpjaxError
 from dpjax.mechanism import DPSGD, Sampling
 from dpjax.models import decoder_config, init_params
+from dpjax.report.files import write_whole
 
 _PRESETS = ("nano", "mini", "small", "gpt2")
 
@@ -400,14 +401,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
     """Writes a JSON object, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise DpjaxError(f"{path} cannot be written ({error.strerror}); check the folder") from None
+    write_whole(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def read_json(path: pathlib.Path, missing: str) -> dict[str, Any]:
