@@ -14,7 +14,7 @@ import optax
 
 from dpjax import accounting
 from dpjax import sampling as samplers
-from dpjax.clipping import ClippedGrad, clipped_grad
+from dpjax.clipping import ClippedGrad, Method, clipped_grad
 from dpjax.errors import DpjaxError
 from dpjax.noise import gaussian_privatizer
 from dpjax.types import (
@@ -84,7 +84,7 @@ class DPSGD:
     normalize_by: float = 1.0
     neighboring_relation: NeighboringRelation | str | None = None
     microbatch_size: int | None = None
-    clipping_method: Literal["auto", "vmap"] = "auto"
+    clipping_method: Method = "auto"
     accountant: accounting.Accountant = "rdp"
 
     def __post_init__(self):

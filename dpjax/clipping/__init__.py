@@ -1,10 +1,11 @@
 """Per-example gradient clipping: the sum of clipped gradients and its sensitivity."""
 
-from dpjax.clipping.api import ClippedGrad, clipped_grad, microbatch_order
+from dpjax.clipping.api import ClippedGrad, Method, clipped_grad, microbatch_order
 from dpjax.clipping.norms import clip_and_sum, per_example_l2_norms
 
 __all__ = [
     "ClippedGrad",
+    "Method",
     "clip_and_sum",
     "clipped_grad",
     "microbatch_order",

@@ -2,18 +2,22 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
+from dpjax.clipping import lazy
 from dpjax.clipping.norms import clip_and_sum
+from dpjax.clipping.rules import ClipRule, Groups, clip_rule
 from dpjax.errors import DpjaxError
 from dpjax.types import ClipInfo, LossFn, NeighboringRelation, PyTree, as_neighboring_relation
 
-Method = Literal["auto", "vmap"]
+Method = Literal["auto", "vmap", "lazy"]
+METHODS = ("auto", "vmap", "lazy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +28,12 @@ class ClippedGrad:
     """
 
     loss_fn: LossFn
-    l2_clip_norm: float
+    rule: ClipRule
     method: Method
     microbatch_size: int | None
     has_aux: bool
     normalize_by: float
+    memory_budget: float | None
 
     def sensitivity(
         self, neighboring_relation: NeighboringRelation | str = "add_or_remove_one"
@@ -42,29 +47,63 @@ class ClippedGrad:
         """
         relation = as_neighboring_relation(neighboring_relation)
         changed = 2.0 if relation is NeighboringRelation.REPLACE_ONE else 1.0
-        return changed * self.l2_clip_norm / self.normalize_by
+        return changed * self.rule.bound / self.normalize_by
 
     def __call__(
         self,
         params: PyTree,
         batch: PyTree,
         is_padding_example: Bool[Array, " batch"] | None = None,
+        relative_clip_norm: Float[Array, ""] | None = None,
     ) -> tuple[PyTree, ClipInfo]:
-        """Sum of clipped gradients over ``batch``; see `clipped_grad`."""
+        """Sum of clipped gradients over ``batch``; see `clipped_grad`.
+
+        Args:
+          params: pytree of arrays.
+          batch: pytree whose leaves have a leading axis ``batch``.
+          is_padding_example: True where a row is not an example.
+          relative_clip_norm: a public float32 scalar r that may change from call to call: clips
+            to r times the clip norm and divides the sum by r, so that the sensitivity stays what
+            it is. Multiply the noisy sum by r afterwards.
+        """
         size = _batch_size(batch, is_padding_example)
+        if relative_clip_norm is not None and self.rule.stability_constant is not None:
+            raise DpjaxError(
+                "relative_clip_norm is given with a stability_constant; automatic clipping has "
+                "no threshold to move: use one of the two"
+            )
         if self.microbatch_size is None or self.microbatch_size >= size:
-            total, info = self._one_pass(params, batch, is_padding_example)
+            total, info = self._one_pass(params, batch, is_padding_example, relative_clip_norm)
         else:
-            total, info = self._scan_microbatches(params, batch, is_padding_example, size)
+            total, info = self._scan_microbatches(
+                params, batch, is_padding_example, relative_clip_norm, size
+            )
         if self.normalize_by != 1.0:
             total = jax.tree.map(lambda x: x / self.normalize_by, total)
         return total, info
 
-    def _one_pass(self, params, batch, is_padding_example) -> tuple[PyTree, ClipInfo]:
-        value_and_grad = jax.value_and_grad(self.loss_fn, has_aux=self.has_aux)
-        value, grads = jax.vmap(value_and_grad, in_axes=(None, 0))(params, batch)
+    def _one_pass(
+        self, params, batch, is_padding_example, relative_clip_norm
+    ) -> tuple[PyTree, ClipInfo]:
+        if self.method == "vmap" or not jax.tree.leaves(batch)[0].shape[0]:
+            value_and_grad = jax.value_and_grad(self.loss_fn, has_aux=self.has_aux)
+            value, grads = jax.vmap(value_and_grad, in_axes=(None, 0))(params, batch)
+            total, norms = clip_and_sum(
+                grads, self.rule.bound, is_padding_example, self.rule, relative_clip_norm
+            )
+        else:
+            total, value, norms = lazy.clip_and_sum(
+                self.loss_fn,
+                self.has_aux,
+                params,
+                batch,
+                self.rule,
+                is_padding_example,
+                relative_clip_norm,
+                self.method,
+                self.memory_budget,
+            )
         losses, aux = value if self.has_aux else (value, None)
-        total, norms = clip_and_sum(grads, self.l2_clip_norm, is_padding_example)
         losses = losses.astype(jnp.float32)
         norms = norms.astype(jnp.float32)
         if is_padding_example is not None:
@@ -72,7 +111,7 @@ class ClippedGrad:
             norms = jnp.where(is_padding_example, 0.0, norms)
         return total, ClipInfo(norms, losses, aux)
 
-    def _scan_microbatches(self, params, batch, is_padding_example, size):
+    def _scan_microbatches(self, params, batch, is_padding_example, relative_clip_norm, size):
         """Loops over microbatches, so that memory does not grow with the batch."""
         assert self.microbatch_size is not None
         count = -(-size // self.microbatch_size)
@@ -93,15 +132,16 @@ class ClippedGrad:
         def join(x):
             return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])[:size]
 
+        def one_pass(chunk):
+            return self._one_pass(params, *chunk, relative_clip_norm)
+
         chunks = jax.tree.map(split, (batch, is_padding_example))
-        shapes = jax.eval_shape(lambda c: self._one_pass(params, *c), _first(chunks))
+        shapes = jax.eval_shape(one_pass, _first(chunks))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
         def body(total, chunk):
             # A microbatch of padding alone is skipped at run time: Poisson sampling leaves many.
-            partial, info = jax.lax.cond(
-                jnp.all(chunk[1]), lambda _: zeros, lambda c: self._one_pass(params, *c), chunk
-            )
+            partial, info = jax.lax.cond(jnp.all(chunk[1]), lambda _: zeros, one_pass, chunk)
             return jax.tree.map(jnp.add, total, partial), info
 
         total, infos = jax.lax.scan(body, zeros[0], chunks)
@@ -110,11 +150,15 @@ class ClippedGrad:
 
 def clipped_grad(
     loss_fn: LossFn,
-    l2_clip_norm: float,
+    l2_clip_norm: float | Mapping[str, float],
     method: Method = "auto",
     microbatch_size: int | None = None,
     has_aux: bool = False,
     normalize_by: float = 1.0,
+    *,
+    groups: Groups = None,
+    stability_constant: float | None = None,
+    memory_budget: float | None = None,
 ) -> ClippedGrad:
     """Turns a one-example loss into a function that returns the sum of clipped gradients.
 
@@ -122,32 +166,44 @@ def clipped_grad(
       loss_fn: ``loss_fn(params, example) -> scalar`` for ONE example (no batch axis); with
         ``has_aux`` it returns ``(scalar, aux)``.
       l2_clip_norm: largest L2 norm of one example's gradient, over all leaves together; ``inf``
-        gives plain summed gradients and infinite sensitivity.
-      method: "vmap" holds one gradient per example of a microbatch; "auto" picks the cheapest
-        method that gives the same numbers (today that is "vmap").
+        gives plain summed gradients and infinite sensitivity. With ``groups`` it may be one norm
+        for each group by name.
+      method: how the same numbers are found. "vmap" holds one gradient per example of a
+        microbatch. "lazy" holds the operands of the products that gradients are made of, where
+        they take less room. "auto" decides for each leaf by time and ``memory_budget``. See
+        `dpjax.clipping.explain`.
       microbatch_size: examples differentiated at once; memory follows this, not the batch. None
         means the whole batch. A batch that is not a multiple is padded internally.
       has_aux: whether ``loss_fn`` returns auxiliary output, found in ``info.sensitive_aux``.
       normalize_by: a public constant that divides the sum and the sensitivity. Never the realised
         batch size, which is private under Poisson sampling.
+      groups: which leaves are clipped together: None (all), "per_leaf", "per_layer" (leaves with
+        one parent), or a function from a leaf's path ("blocks/0/attention/kernel") to a name. A
+        single ``l2_clip_norm`` is shared out as ``l2_clip_norm / sqrt(number of groups)``.
+      stability_constant: None clips by min(1, l2_clip_norm / norm). A positive number normalises
+        instead, by l2_clip_norm / (norm + stability_constant): automatic clipping.
+      memory_budget: bytes that "auto" may spend beyond "lazy" to save time; None is a share of
+        what the step needs anyway.
 
     Returns:
       ``grad_fn(params, batch, is_padding_example=None) -> (sum_of_clipped_grads, info)``, with
       ``grad_fn.sensitivity(neighboring_relation)``. Leaves of the sum have the parameters' shapes
-      in float32 (or wider). ``info.sensitive_norms`` and ``info.sensitive_losses`` are
-      float32[batch], in the batch's order, 0 on padding.
+      in float32 (or wider). ``info.sensitive_norms`` (of the whole gradient, before clipping) and
+      ``info.sensitive_losses`` are float32[batch], in the batch's order, 0 on padding.
 
     Raises:
-      DpjaxError: a bad clip norm, method, microbatch size, normaliser or batch shape.
+      DpjaxError: a bad clip norm, group, method, microbatch size, normaliser or batch shape.
 
     Guarantee:
       For batches that differ by adding or removing one example, the two sums differ by at most
-      ``l2_clip_norm / normalize_by`` in L2; by replacing one, at most twice that; up to float32
-      rounding. Examples cannot influence each other's terms. A NaN or infinity in one example
-      equals that example's removal. Padding rows add exactly zero, whatever they hold. An empty
-      batch gives zeros. Norms and the sum are computed in float32 even for bfloat16 parameters.
+      ``l2_clip_norm / normalize_by`` in L2 (with a norm for each group: the root of the sum of
+      their squares); by replacing one, at most twice that; up to float32 rounding. Examples
+      cannot influence each other's terms. A NaN or infinity in one example equals that example's
+      removal. Padding rows add exactly zero, whatever they hold. An empty batch gives zeros.
+      Norms and the sum are computed in float32 even for bfloat16 parameters.
 
-    Source: Abadi et al. (2016), Algorithm 1, without its division by the batch size.
+    Source: Abadi et al. (2016), Algorithm 1, without its division by the batch size; groups as in
+    McMahan et al. (2018), section 3.2; automatic clipping by Bu et al. (2023).
 
     Example:
       >>> import jax.numpy as jnp
@@ -156,10 +212,8 @@ def clipped_grad(
       >>> print(total, info.sensitive_norms)
       [3.  4.5] [10.   0.5]
     """
-    if not l2_clip_norm > 0:
-        raise DpjaxError(f"l2_clip_norm is {l2_clip_norm}; it must be positive, e.g. 1.0")
-    if method not in ("auto", "vmap"):
-        raise DpjaxError(f"method is {method!r}; use one of: auto, vmap")
+    if method not in METHODS:
+        raise DpjaxError(f"method is {method!r}; use one of: {', '.join(METHODS)}")
     if microbatch_size is not None and microbatch_size < 1:
         raise DpjaxError(
             f"microbatch_size is {microbatch_size}; use a positive integer, or None for one pass"
@@ -169,8 +223,16 @@ def clipped_grad(
             f"normalize_by is {normalize_by}; use a positive public constant, "
             "e.g. the expected batch size"
         )
+    if memory_budget is not None and not memory_budget >= 0:
+        raise DpjaxError(f"memory_budget is {memory_budget}; use bytes, e.g. 2e9, or None")
     return ClippedGrad(
-        loss_fn, float(l2_clip_norm), method, microbatch_size, has_aux, float(normalize_by)
+        loss_fn,
+        clip_rule(l2_clip_norm, groups, stability_constant),
+        method,
+        microbatch_size,
+        has_aux,
+        float(normalize_by),
+        memory_budget,
     )
 
 

@@ -2,14 +2,56 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from dpjax.clipping.rules import ClipRule
 from dpjax.types import PyTree, accumulation_dtype
 
 
-def _leaf_squared_norms(leaf: Array) -> Float[Array, " batch"]:
-    wide = leaf.astype(accumulation_dtype(leaf.dtype))
-    return jnp.sum(jnp.square(wide), axis=tuple(range(1, leaf.ndim)))
+def squared_norms(rows: Array, axis: int = 0) -> Float[Array, " batch"]:
+    """Squared L2 norm of each row along ``axis``, summed in float32 or wider."""
+    wide = rows.astype(accumulation_dtype(rows.dtype))
+    return jnp.sum(jnp.square(wide), axis=tuple(i for i in range(rows.ndim) if i != axis))
+
+
+def weighted_sum(
+    rows: Array,
+    weights: Float[Array, " batch"],
+    is_unclean: Bool[Array, " batch"],
+    axis: int = 0,
+) -> Array:
+    """Sum over b of weights[b] * rows[b] along ``axis``; unclean rows add exactly zero."""
+    wide = rows.astype(accumulation_dtype(rows.dtype))
+
+    def dot(x: Array) -> Array:
+        # Full precision: accelerators may run a float32 dot in a narrower type, which would
+        # break the sensitivity by more than rounding.
+        return jnp.tensordot(
+            weights.astype(x.dtype), x, axes=((0,), (axis,)), precision=lax.Precision.HIGHEST
+        )
+
+    def clean(x: Array) -> Array:
+        # 0 * NaN is NaN, so rows that take no part are replaced, not multiplied.
+        shape = [1] * x.ndim
+        shape[axis] = -1
+        return dot(jnp.where(is_unclean.reshape(shape), jnp.zeros((), x.dtype), x))
+
+    # Cleaning copies the rows, so it runs only for a batch that needs it.
+    return lax.cond(jnp.any(is_unclean), clean, dot, wide)
+
+
+def leaf_paths(tree: PyTree) -> list[str]:
+    """The path of each leaf, such as "blocks/0/kernel".
+
+    Example:
+      >>> leaf_paths({"dense": {"kernel": 1.0, "bias": 2.0}})
+      ['dense/bias', 'dense/kernel']
+    """
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
 
 
 def per_example_l2_norms(per_example_grads: PyTree) -> Float[Array, " batch"]:
@@ -27,32 +69,15 @@ def per_example_l2_norms(per_example_grads: PyTree) -> Float[Array, " batch"]:
       >>> print(per_example_l2_norms({"w": jnp.ones((2, 900), jnp.bfloat16)}))
       [30. 30.]
     """
-    leaves = jax.tree.leaves(per_example_grads)
-    return jnp.sqrt(sum(_leaf_squared_norms(leaf) for leaf in leaves))
-
-
-def clip_coefficients(
-    norms: Float[Array, " batch"],
-    l2_clip_norm: float,
-    is_padding_example: Bool[Array, " batch"] | None = None,
-) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
-    """Each example's factor min(1, l2_clip_norm / norm), and whether it takes part at all.
-
-    Padding and examples whose norm is not finite get factor 0 and take no part.
-    """
-    takes_part = jnp.isfinite(norms)
-    if is_padding_example is not None:
-        takes_part &= ~is_padding_example
-    # norm = 0 gives 0 / 0 only in the untaken branch; max keeps the quotient defined.
-    tiny = jnp.finfo(norms.dtype).tiny
-    coefficients = jnp.minimum(1.0, l2_clip_norm / jnp.maximum(norms, tiny)).astype(norms.dtype)
-    return jnp.where(takes_part, coefficients, 0.0), takes_part
+    return jnp.sqrt(sum(squared_norms(leaf) for leaf in jax.tree.leaves(per_example_grads)))
 
 
 def clip_and_sum(
     per_example_grads: PyTree,
     l2_clip_norm: float,
     is_padding_example: Bool[Array, " batch"] | None = None,
+    rule: ClipRule | None = None,
+    relative_clip_norm: Float[Array, ""] | None = None,
 ) -> tuple[PyTree, Float[Array, " batch"]]:
     """Clips each example's gradient to ``l2_clip_norm`` and sums over the batch.
 
@@ -60,6 +85,8 @@ def clip_and_sum(
       per_example_grads: pytree whose leaves have a leading axis ``batch``.
       l2_clip_norm: largest L2 norm one example may contribute; ``inf`` clips nothing.
       is_padding_example: True where a row is not an example.
+      rule: another way to clip, in place of ``l2_clip_norm``.
+      relative_clip_norm: see `ClippedGrad.__call__`.
 
     Returns:
       The sum (leaves without the batch axis, float32 or wider) and the norms before clipping,
@@ -77,27 +104,13 @@ def clip_and_sum(
       >>> print(clip_and_sum(grads, 5.0)[0])
       [3.375 4.25 ]
     """
-    norms = per_example_l2_norms(per_example_grads)
-    coefficients, takes_part = clip_coefficients(norms, l2_clip_norm, is_padding_example)
-
-    any_unclean = ~jnp.all(jnp.isfinite(norms))
-
-    def weighted_sum(leaf: Array) -> Array:
-        wide = leaf.astype(accumulation_dtype(leaf.dtype))
-
-        def dot(rows: Array) -> Array:
-            # Full precision: accelerators may run a float32 dot in a narrower type, which would
-            # break the sensitivity by more than rounding.
-            return jnp.tensordot(
-                coefficients.astype(rows.dtype), rows, axes=1, precision=jax.lax.Precision.HIGHEST
-            )
-
-        def clean(rows: Array) -> Array:
-            # 0 * NaN is NaN, so rows that take no part are replaced, not multiplied.
-            kept = takes_part.reshape((-1,) + (1,) * (rows.ndim - 1))
-            return dot(jnp.where(kept, rows, jnp.zeros((), rows.dtype)))
-
-        # Cleaning copies the leaf, so it runs only for a batch that needs it.
-        return jax.lax.cond(any_unclean, clean, dot, wide)
-
-    return jax.tree.map(weighted_sum, per_example_grads), norms
+    rule = ClipRule(l2_clip_norm) if rule is None else rule
+    rows, structure = jax.tree.flatten(per_example_grads)
+    factors, norms, is_unclean = rule.factors(
+        [squared_norms(x) for x in rows],
+        leaf_paths(per_example_grads),
+        is_padding_example,
+        relative_clip_norm,
+    )
+    sums = [weighted_sum(x, w, is_unclean) for x, w in zip(rows, factors, strict=True)]
+    return jax.tree.unflatten(structure, sums), norms
