@@ -1,13 +1,16 @@
 """Per-example gradient clipping: the sum of clipped gradients and its sensitivity."""
 
 from dpjax.clipping.api import ClippedGrad, Method, clipped_grad, microbatch_order
+from dpjax.clipping.explain import LeafStrategy, explain
 from dpjax.clipping.norms import clip_and_sum, per_example_l2_norms
 
 __all__ = [
     "ClippedGrad",
+    "LeafStrategy",
     "Method",
     "clip_and_sum",
     "clipped_grad",
+    "explain",
     "microbatch_order",
     "per_example_l2_norms",
 ]

@@ -133,7 +133,8 @@ class ClippedGrad:
             return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])[:size]
 
         def one_pass(chunk):
-            return self._one_pass(params, *chunk, relative_clip_norm)
+            rows, is_padding = chunk
+            return self._one_pass(params, rows, is_padding, relative_clip_norm)
 
         chunks = jax.tree.map(split, (batch, is_padding_example))
         shapes = jax.eval_shape(one_pass, _first(chunks))

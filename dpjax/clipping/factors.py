@@ -95,7 +95,7 @@ def gram_squared_norms(segments: Segments) -> tuple[Float[Array, " B"], Bool[Arr
     absolute sum, the result may be wrong by more than float32 rounding of the norm, even too
     small: such examples are flagged, for `product_squared_norms` to do again.
     """
-    total = magnitude = 0.0
+    total = magnitude = jnp.zeros((), _dtype(segments[0].right))
     for i, x in enumerate(segments):
         for j, y in enumerate(segments[i:], i):
             left, right = _left_gram(x.left, y.left), _gram(x.right, y.right)

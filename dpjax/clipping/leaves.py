@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array
 
 from dpjax.clipping.factors import Rows, Segment
-from dpjax.clipping.jaxprs import Here, Inside, Place
+from dpjax.clipping.jaxprs import Inside, Place
 from dpjax.clipping.terms import Layout, Operand, Product, Region, Term
 
 _EXAMPLE = -1  # label of the example axis
@@ -44,15 +44,6 @@ class Group:
     sizes: tuple[int, int, int]
     core: tuple[tuple[str, int], ...]
     layout: tuple[Layout, ...]
-
-    @property
-    def positions(self) -> int:
-        """K, over all products."""
-        total = 0
-        for pair in self.pairs:
-            dims = pair.left.dims() | pair.right.dims()
-            total += math.prod(dims[label] for label in pair.contracted)
-        return total
 
 
 def group_products(terms: Sequence[Term]) -> list[Group] | None:
@@ -233,16 +224,3 @@ def region_place(region: Region, value: Place) -> Place:
     for eqn in region.eqns:
         value = Inside(eqn, value)
     return value
-
-
-__all__ = [
-    "Group",
-    "Here",
-    "Pair",
-    "group_products",
-    "laid_out",
-    "places",
-    "region_place",
-    "segments",
-    "to_leaf",
-]

@@ -1,4 +1,4 @@
-"""A convolution as a matrix product, so that its weight gradient has two operands like any other."""
+"""A convolution as a matrix product, so that its weight gradient has two operands like others."""
 
 import math
 from collections.abc import Callable

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from jax import lax
-from jax.extend import core
 
 from dpjax.clipping.compat import REMAT, SCAN, Literal, Scope, inner_scope, scan_arity
 from dpjax.clipping.jaxprs import Here, Inside, Place
@@ -153,8 +152,12 @@ class Reader:
     def read_add(self, eqn, _):
         if any(v.aval.shape != eqn.outvars[0].aval.shape for v in eqn.invars):
             return None
-        parts = [self.terms(v) for v in eqn.invars]
-        return None if any(p is None for p in parts) else [t for p in parts for t in p]
+        total: list[Term] = []
+        for part in map(self.terms, eqn.invars):
+            if part is None:
+                return None
+            total += part
+        return total
 
     read_add_any = read_add
 
@@ -288,8 +291,9 @@ class Reader:
             if not isinstance(term, Product) or term.layout:
                 return None
             for label, size, cut in zip(term.core, atom.aval.shape, cuts, strict=True):
-                if tuple(map(int, cut)) != (0, size, 1):
-                    term = _sliced(term, label, tuple(map(int, cut)))
+                start, stop, stride = map(int, cut)
+                if (start, stop, stride) != (0, size, 1):
+                    term = _sliced(term, label, (start, stop, stride))
                     if term is None:
                         return None
             out.append(term)
@@ -377,21 +381,28 @@ class Reader:
         body = inner_scope(eqn)
         consts, carried = scan_arity(eqn)
         inner = body.jaxpr.outvars[output]
+        total: list[Term] = []
         if output >= carried:
             terms = Reader(body).terms(inner)
-            lifted = [_through_scan(t, eqn, body, stacked=True) for t in terms or ()]
         else:
+            # A sum over iterations: what comes in is passed on, with something added.
             into = body.jaxpr.invars[consts + output]
             start = self.terms(eqn.invars[consts + output])
             terms = Reader(body, into).terms(inner)
-            running = [t for t in terms or () if isinstance(t, Carried)]
-            if start is None or running != [Carried()] or _uses(body, into) != 1:
+            if terms is None or start is None or _uses(body, into) != 1:
                 return None
-            lifted = list(start)
-            for term in terms or ():
-                if not isinstance(term, Carried):
-                    lifted.append(_through_scan(term, eqn, body, stacked=False))
-        return None if terms is None or any(t is None for t in lifted) else lifted
+            if [t for t in terms if isinstance(t, Carried)] != [Carried()]:
+                return None
+            terms = [t for t in terms if not isinstance(t, Carried)]
+            total += start
+        if terms is None:
+            return None
+        for term in terms:
+            lifted = _through_scan(term, eqn, body, stacked=output >= carried)
+            if lifted is None:
+                return None
+            total.append(lifted)
+        return total
 
     def read_remat2(self, eqn, output):
         body = inner_scope(eqn)
@@ -413,7 +424,7 @@ def _is_real(atom: Any) -> bool:
     return not isinstance(atom, Literal) and np.dtype(atom.aval.dtype).kind in "fV"
 
 
-def _operand(var: core.Var, labels: list[int]) -> Operand:
+def _operand(var: Any, labels: list[int]) -> Operand:
     return Operand(Here(var), tuple(labels), tuple(var.aval.shape), var.aval.dtype)
 
 
