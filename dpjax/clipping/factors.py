@@ -24,6 +24,10 @@ from dpjax.types import accumulation_dtype
 # Below this share of the sum of absolute terms, a Gram sum has lost too many digits to trust.
 CANCELLATION = 1 / 256
 
+# Below this share of the sum of its terms' norms, a gradient is made of rounding to 1 part in 10^4:
+# another order of summation would give another gradient, which the norm does not bound.
+ROUNDING = 1 / 400
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["index", "valid"], meta_fields=["size"]
@@ -141,45 +145,83 @@ def products(segments: Segments) -> Float[Array, "G B M N"]:
     return total
 
 
-def product_squared_norms(segments: Segments) -> Float[Array, " B"]:
-    """Squared norms from the gradients themselves, one example at a time."""
+def product_squared_norms(segments: Segments) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+    """Squared norms from the gradients themselves, and whose terms cancel to mere rounding."""
 
     def one(example: list[Segment]) -> Array:
         alone = jax.tree.map(lambda x: x[:, None], example)
         return jnp.sum(jnp.square(products(alone)))
 
-    by_example = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), list(segments))
-    return lax.map(one, by_example)
+    square = lax.map(one, _by_example(segments))
+    terms = _total([jnp.sum(_norms(x.left) * _norms(x.right), axis=(0, 2)) for x in segments])
+    return square, square < jnp.square(ROUNDING * terms)
+
+
+def _norms(x: Array | Rows) -> Array:
+    """Norm of each position's factor: [G, B, K]."""
+    if isinstance(x, Rows):
+        return x.valid.astype(jnp.float32)
+    return jnp.sqrt(jnp.sum(jnp.square(x.astype(_dtype(x))), axis=3))
+
+
+def _by_example(segments: Segments) -> list[Segment]:
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), list(segments))
+
+
+def _total(arrays: Sequence[Array]) -> Array:
+    total = arrays[0]
+    for x in arrays[1:]:
+        total = total + x
+    return total
 
 
 def weighted_sum(
-    segments: Segments, weights: Float[Array, " B"], is_unclean: Bool[Array, " B"]
+    segments: Segments,
+    weights: Float[Array, " B"],
+    is_unclean: Bool[Array, " B"],
+    in_doubt: Bool[Array, " B"],
 ) -> Float[Array, "G M N"]:
-    """Sum over examples of weights[b] times the gradient of b, without forming the gradients.
+    """Sum over examples of weights[b] times the gradient of b, without holding the gradients.
 
-    Examples that are unclean (their factors may hold NaN or infinity) add exactly zero.
+    Examples that are unclean (their factors may hold NaN or infinity) add exactly zero. Those in
+    doubt, whose terms cancel, are added one by one from the very gradient that their norm was
+    taken of; in the common contraction they would come out with other rounding errors, and those
+    errors are all that they consist of.
     """
 
-    def contract(parts: list[Segment]) -> Array:
-        total = None
-        for left, right in parts:
-            if isinstance(left, Rows):
-                part = _scatter_weighted(left, right, weights)
-            else:
-                part = _dot_weighted(left, right, weights)
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+    def contract(parts: list[Segment], factor: Array) -> Array:
+        return _total(
+            [
+                _scatter_weighted(left, right, factor)
+                if isinstance(left, Rows)
+                else _dot_weighted(left, right, factor)
+                for left, right in parts
+            ]
+        )
 
-    def clean(parts: list[Segment]) -> Array:
+    def careful(parts: list[Segment]) -> Array:
         # 0 * NaN is NaN, so what takes no part is replaced, not multiplied.
         def kept(x):
             return jnp.where(is_unclean[None, :, None, None], jnp.zeros((), x.dtype), x)
 
-        return contract([Segment(x if isinstance(x, Rows) else kept(x), kept(y)) for x, y in parts])
+        clean = [Segment(x if isinstance(x, Rows) else kept(x), kept(y)) for x, y in parts]
+        alone = in_doubt & ~is_unclean
 
-    # Cleaning copies the factors, so it runs only for a batch that needs it.
-    return lax.cond(jnp.any(is_unclean), clean, contract, list(segments))
+        def add(total: Array, example: tuple) -> tuple[Array, None]:
+            parts, weight, chosen = example
+
+            def added() -> Array:
+                gradient = products(jax.tree.map(lambda x: x[:, None], parts))[:, 0]
+                return total + weight.astype(total.dtype) * gradient
+
+            return lax.cond(chosen, added, lambda: total), None
+
+        start = contract(clean, jnp.where(alone, 0.0, weights).astype(weights.dtype))
+        return lax.scan(add, start, (_by_example(clean), weights, alone))[0]
+
+    # The careful way copies the factors, so it is taken only for a batch that needs it.
+    needed = jnp.any(is_unclean | in_doubt)
+    return lax.cond(needed, careful, lambda parts: contract(parts, weights), list(segments))
 
 
 def _index(rows: Rows) -> Array:
@@ -208,8 +250,9 @@ def _dot_weighted(left: Array, right: Array, weights: Array) -> Array:
     if other.dtype == jnp.bfloat16:
         # A weighted factor rounded to bfloat16 could move an example past its clip norm. Two
         # bfloat16 terms hold it to 2^-17, and their products with the other factor are exact.
-        high = wide.astype(jnp.bfloat16)
-        parts = [high, (wide - high.astype(wide.dtype)).astype(jnp.bfloat16)]
+        # reduce_precision, because compilers may leave out a cast there and back.
+        high = lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7)
+        parts = [high.astype(jnp.bfloat16), (wide - high).astype(jnp.bfloat16)]
     else:
         parts = [wide]
     total = None

@@ -72,16 +72,17 @@ def clip_and_sum(
     plans = plan(traced, size, method, memory_budget)
     value, found, kept = _run(traced, plans, params, batch)
 
-    arrays = [found[id(p)] for p in plans]
+    arrays = [_as_stored(found[id(p)]) for p in plans]
     measured = [_squared_norm(p, x, size) for p, x in zip(plans, arrays, strict=True)]
     squares = _again_where_needed(measured)
+    doubts = [m.in_doubt for m in measured]
     weights, norms, is_unclean = rule.factors(
         squares, traced.paths, is_padding_example, relative_clip_norm
     )
-    totals = _second_pass(traced, plans, kept, weights, is_unclean)
-    for p, x, w in zip(plans, arrays, weights, strict=True):
+    totals = _second_pass(traced, plans, kept, weights, is_unclean, doubts)
+    for p, x, w, d in zip(plans, arrays, weights, doubts, strict=True):
         if p.strategy != "two passes":
-            totals[id(p)] = _weighted(p, x, w, is_unclean)
+            totals[id(p)] = _weighted(p, x, w, is_unclean, d)
     structure = jax.tree.structure(params)
     return jax.tree.unflatten(structure, [totals[id(p)] for p in plans]), value, norms
 
@@ -151,6 +152,15 @@ def _inputs(p: LeafPlan) -> tuple:
     return tuple(place for g in p.groups for place, _ in places(g))
 
 
+def _as_stored(arrays: Sequence[Array]) -> list[Array]:
+    """Operands as they are in memory.
+
+    Compilers may skip a cast to a narrow type whose value goes straight into arithmetic: norm and
+    sum would then see operands that were rounded differently.
+    """
+    return [lax.optimization_barrier(x) if jnp.dtype(x.dtype).itemsize < 4 else x for x in arrays]
+
+
 def _segments(p: LeafPlan, arrays: Sequence[Array]) -> list[list[factors.Segment]]:
     out, start = [], 0
     for group in p.groups:
@@ -161,7 +171,7 @@ def _segments(p: LeafPlan, arrays: Sequence[Array]) -> list[list[factors.Segment
 
 
 class _Measured(NamedTuple):
-    """Squared norms; those in doubt are to be taken again."""
+    """Squared norms; where terms cancel they are in doubt, and to be taken again if possible."""
 
     squares: Array
     in_doubt: Array | None = None
@@ -172,8 +182,8 @@ def _squared_norm(p: LeafPlan, arrays: list[Array], size: int) -> _Measured:
     if p.strategy == "zero":
         return _Measured(jnp.zeros(size, jnp.float32))
     if p.region is not None:
-        inner = jnp.sum(arrays[0], axis=tuple(range(arrays[0].ndim - 1)))
-        return _Measured(inner * p.region.scale**2)
+        inner = jnp.sum(arrays[0], axis=tuple(range(arrays[0].ndim - 2)))
+        return _Measured(inner[:, 0] * p.region.scale**2, ~(inner[:, 1] == 0))
     if p.strategy == "per-example":
         return _Measured(squared_norms(arrays[0]))
     parts = _segments(p, arrays)
@@ -183,14 +193,19 @@ def _squared_norm(p: LeafPlan, arrays: list[Array], size: int) -> _Measured:
 
 
 def _factored_norm(parts: list[list[factors.Segment]], strategy: str) -> _Measured:
-    def exact() -> Array:
-        return _total([factors.product_squared_norms(s) for s in parts])
-
-    if strategy == "product":
-        return _Measured(exact())
+    measured = [factors.product_squared_norms(s) for s in parts] if strategy == "product" else []
+    if measured:
+        return _Measured(_total([square for square, _ in measured]), _any(measured))
     found = [factors.gram_squared_norms(s) for s in parts]
-    in_doubt = jnp.any(jnp.stack([doubt for _, doubt in found]), axis=0)
-    return _Measured(_total([square for square, _ in found]), in_doubt, exact)
+
+    def again() -> Array:
+        return _total([factors.product_squared_norms(s)[0] for s in parts])
+
+    return _Measured(_total([square for square, _ in found]), _any(found), again)
+
+
+def _any(found: Sequence[tuple[Array, Array]]) -> Array:
+    return jnp.any(jnp.stack([doubt for _, doubt in found]), axis=0)
 
 
 def _total(arrays: Sequence[Array]) -> Array:
@@ -203,7 +218,7 @@ def _total(arrays: Sequence[Array]) -> Array:
 def _again_where_needed(measured: list[_Measured]) -> list[Array]:
     """One branch for all leaves, taken when the norm of any example is in doubt."""
     squares = [m.squares for m in measured]
-    doubts = [m.in_doubt for m in measured if m.in_doubt is not None]
+    doubts = [m.in_doubt for m in measured if m.in_doubt is not None and m.again is not None]
     if not doubts:
         return squares
 
@@ -218,7 +233,9 @@ def _again_where_needed(measured: list[_Measured]) -> list[Array]:
     return lax.cond(jnp.any(jnp.stack(doubts)), again, lambda: squares)
 
 
-def _weighted(p: LeafPlan, arrays: list[Array], weights: Array, is_unclean: Array) -> Array:
+def _weighted(
+    p: LeafPlan, arrays: list[Array], weights: Array, is_unclean: Array, in_doubt: Array | None
+) -> Array:
     if p.strategy == "zero":
         return jnp.zeros(p.shape, weights.dtype)
     if p.strategy == "per-example":
@@ -228,7 +245,8 @@ def _weighted(p: LeafPlan, arrays: list[Array], weights: Array, is_unclean: Arra
         if p.strategy == "patches":
             part = weighted_sum(factors.products(parts), weights, is_unclean, axis=1)
         else:
-            part = factors.weighted_sum(parts, weights, is_unclean)
+            assert in_doubt is not None
+            part = factors.weighted_sum(parts, weights, is_unclean, in_doubt)
         sums.append(to_leaf(group, part))
     return _total(sums)
 
@@ -249,7 +267,7 @@ def _for_all_examples(p: LeafPlan, function: Callable, is_batched: bool) -> Call
         ]
         count = len(stacks)
         arrays = [jnp.moveaxis(x, 0, s) for x, s in zip(whole[:count], stacks, strict=True)]
-        return function(_segments(p, arrays), *whole[count:])
+        return function(_segments(p, _as_stored(arrays)), *whole[count:])
 
     @jax.custom_batching.custom_vmap
     def call(*args):
@@ -265,44 +283,48 @@ def _for_all_examples(p: LeafPlan, function: Callable, is_batched: bool) -> Call
 
 def _norm_in_region(p: LeafPlan) -> Callable:
     def norm(parts):
-        return _again_where_needed([_factored_norm(parts, norm_strategy(p.groups))])[0]
+        measured = _factored_norm(parts, norm_strategy(p.groups))
+        square = _again_where_needed([measured])[0]
+        assert measured.in_doubt is not None
+        return jnp.stack([square, measured.in_doubt.astype(square.dtype)], axis=1)
 
     call = _for_all_examples(p, norm, is_batched=True)
     return lambda inputs, extra: call(*inputs)
 
 
 def _sum_in_region(p: LeafPlan, number: int) -> Callable:
-    def weigh(parts, weights, is_unclean):
+    def weigh(parts, weights, is_unclean, in_doubt):
         return _total(
             [
-                to_leaf(group, factors.weighted_sum(s, weights, is_unclean))
+                to_leaf(group, factors.weighted_sum(s, weights, is_unclean, in_doubt))
                 for group, s in zip(p.groups, parts, strict=True)
             ]
         )
 
     call = _for_all_examples(p, weigh, is_batched=False)
-    return lambda inputs, extra: call(*inputs, extra[0][number], extra[1])
+    return lambda inputs, extra: call(*inputs, extra[0][number], extra[1], extra[2][number])
 
 
-def _second_pass(traced, plans, kept: _Kept, weights, is_unclean) -> dict[int, Array]:
+def _second_pass(traced, plans, kept: _Kept, weights, is_unclean, doubts) -> dict[int, Array]:
     """Weighted sums of the leaves in checkpointed regions."""
-    chosen = [(p, w) for p, w in zip(plans, weights, strict=True) if p.region is not None]
+    chosen = [i for i, p in enumerate(plans) if p.region is not None]
     if not chosen:
         return {}
     asked = [
-        region_place(p.region, Computed(_inputs(p), _sum_in_region(p, number)))
-        for number, (p, _) in enumerate(chosen)
+        region_place(plans[i].region, Computed(_inputs(plans[i]), _sum_in_region(plans[i], n)))
+        for n, i in enumerate(chosen)
     ]
 
-    def one(values, factor, unclean):
+    def one(values, factor, unclean, doubt):
         env = dict(zip(kept.variables, values, strict=True))
-        return evaluate_from(traced.scope, env, asked, (factor, unclean))
+        return evaluate_from(traced.scope, env, asked, (factor, unclean, doubt))
 
-    found = jax.vmap(one, in_axes=(kept.axes, 0, 0), out_axes=None)(
-        kept.values, [w for _, w in chosen], is_unclean
+    found = jax.vmap(one, in_axes=(kept.axes, 0, 0, 0), out_axes=None)(
+        kept.values, [weights[i] for i in chosen], is_unclean, [doubts[i] for i in chosen]
     )
     totals = {}
-    for (p, _), total in zip(chosen, found, strict=True):
-        leaf = laid_out(total.astype(accumulation_dtype(total.dtype)), p.region.layout)
-        totals[id(p)] = leaf if p.region.scale == 1.0 else leaf * p.region.scale
+    for i, total in zip(chosen, found, strict=True):
+        region = plans[i].region
+        leaf = laid_out(total.astype(accumulation_dtype(total.dtype)), region.layout)
+        totals[id(plans[i])] = leaf if region.scale == 1.0 else leaf * region.scale
     return totals

@@ -1,5 +1,6 @@
 """Which way to take for each gradient leaf: a cost model in FLOPs and bytes."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -118,15 +119,22 @@ def _held(path: str, shape: tuple[int, ...], batch: int, why: str) -> LeafPlan:
 def _spend(plans: list[LeafPlan], batch: int, memory_budget: float) -> list[LeafPlan]:
     """Lets leaves hold their gradients where that saves time, while the budget lasts.
 
-    Held gradients are written once and read twice. Gram matrices cost FLOPs and one more pass over
-    the operands.
+    Held gradients are written once and read twice, and copied out of a loop besides. Gram
+    matrices cost FLOPs and one more pass over the operands.
     """
+    users = collections.Counter(
+        place for p in plans for place in {side.place for side in _operands(p.groups)}
+    )
     gains = []
     for i, plan in enumerate(plans):
         if plan.strategy in ("gram", "product"):
+            operands = {side.place: side for side in _operands(plan.groups)}
+            alone = [side for place, side in operands.items() if users[place] == 1]
             size = _gradient_bytes(plan.groups, batch)
-            extra = max(size - plan.bytes, 1.0)
-            saved = plan.flops / FLOPS_PER_BYTE + plan.bytes - 3.0 * size
+            extra = max(size - batch * sum(map(operand_bytes, alone)), 1.0)
+            passes = 5.0 if any(side.stack for side in operands.values()) else 3.0
+            read = batch * sum(map(operand_bytes, operands.values()))
+            saved = plan.flops / FLOPS_PER_BYTE + read - passes * size
             if saved > 0:
                 gains.append((saved / extra, i, extra))
     plans = list(plans)
