@@ -2,7 +2,8 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+if __name__ == "__main__":  # not when pytest looks for doctests
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import jax.numpy as jnp
@@ -34,21 +35,26 @@ def train(devices, microbatch_size):
     return np.asarray(state.params), np.array(norms)
 
 
-assert len(jax.local_devices()) == 8
-for size in (None, 16):
-    one, norms_one = train(jax.local_devices()[:1], size)
-    eight, norms_eight = train(None, size)
-    np.testing.assert_allclose(one, eight, rtol=1e-4, atol=1e-5)
-    # Noise added on every device would make these about 2.8 times as large.
-    np.testing.assert_allclose(norms_one, norms_eight, rtol=1e-4)
+def main():
+    assert len(jax.local_devices()) == 8
+    for size in (None, 16):
+        one, norms_one = train(jax.local_devices()[:1], size)
+        eight, norms_eight = train(None, size)
+        np.testing.assert_allclose(one, eight, rtol=1e-4, atol=1e-5)
+        # Noise added on every device would make these about 2.8 times as large.
+        np.testing.assert_allclose(norms_one, norms_eight, rtol=1e-4)
 
-# Noise for a parameter that is sharded does not depend on the number of devices, bit for bit.
-mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("data",))
-privatizer = gaussian_privatizer(1.0, jax.random.key(1))
-draw = jax.jit(lambda tree: privatizer.update(tree, privatizer.init(tree))[0])
-whole = jnp.zeros((64, 8))
-sharded = jax.device_put(
-    whole, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-)
-np.testing.assert_array_equal(draw(whole), draw(sharded))
-print("equal")
+    # Noise for a parameter that is sharded does not depend on the number of devices, bit for bit.
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("data",))
+    privatizer = gaussian_privatizer(1.0, jax.random.key(1))
+    draw = jax.jit(lambda tree: privatizer.update(tree, privatizer.init(tree))[0])
+    whole = jnp.zeros((64, 8))
+    sharded = jax.device_put(
+        whole, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    )
+    np.testing.assert_array_equal(draw(whole), draw(sharded))
+    print("equal")
+
+
+if __name__ == "__main__":
+    main()

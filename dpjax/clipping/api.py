@@ -1,6 +1,7 @@
 """``clipped_grad``: from a one-example loss to a sum of clipped gradients with its sensitivity."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from dpjax.clipping import lazy
-from dpjax.clipping.norms import clip_and_sum
+from dpjax.clipping.compat import is_traced
 from dpjax.clipping.rules import ClipRule, Groups, clip_rule
 from dpjax.errors import DpjaxError
 from dpjax.types import ClipInfo, LossFn, NeighboringRelation, PyTree, as_neighboring_relation
@@ -66,12 +67,21 @@ class ClippedGrad:
             to r times the clip norm and divides the sum by r, so that the sensitivity stays what
             it is. Multiply the noisy sum by r afterwards.
         """
-        size = _batch_size(batch, is_padding_example)
+        _batch_size(batch, is_padding_example)
         if relative_clip_norm is not None and self.rule.stability_constant is not None:
             raise DpjaxError(
                 "relative_clip_norm is given with a stability_constant; automatic clipping has "
                 "no threshold to move: use one of the two"
             )
+        arguments = (params, batch, is_padding_example, relative_clip_norm)
+        if _is_hashable(self) and not any(map(is_traced, jax.tree.leaves(arguments))):
+            return _compiled(self, *arguments)
+        return self._sum(*arguments)
+
+    def _sum(
+        self, params, batch, is_padding_example, relative_clip_norm
+    ) -> tuple[PyTree, ClipInfo]:
+        size = _batch_size(batch, is_padding_example)
         if self.microbatch_size is None or self.microbatch_size >= size:
             total, info = self._one_pass(params, batch, is_padding_example, relative_clip_norm)
         else:
@@ -85,24 +95,17 @@ class ClippedGrad:
     def _one_pass(
         self, params, batch, is_padding_example, relative_clip_norm
     ) -> tuple[PyTree, ClipInfo]:
-        if self.method == "vmap" or not jax.tree.leaves(batch)[0].shape[0]:
-            value_and_grad = jax.value_and_grad(self.loss_fn, has_aux=self.has_aux)
-            value, grads = jax.vmap(value_and_grad, in_axes=(None, 0))(params, batch)
-            total, norms = clip_and_sum(
-                grads, self.rule.bound, is_padding_example, self.rule, relative_clip_norm
-            )
-        else:
-            total, value, norms = lazy.clip_and_sum(
-                self.loss_fn,
-                self.has_aux,
-                params,
-                batch,
-                self.rule,
-                is_padding_example,
-                relative_clip_norm,
-                self.method,
-                self.memory_budget,
-            )
+        total, value, norms = lazy.clip_and_sum(
+            self.loss_fn,
+            self.has_aux,
+            params,
+            batch,
+            self.rule,
+            is_padding_example,
+            relative_clip_norm,
+            self.method,
+            self.memory_budget,
+        )
         losses, aux = value if self.has_aux else (value, None)
         losses = losses.astype(jnp.float32)
         norms = norms.astype(jnp.float32)
@@ -147,6 +150,20 @@ class ClippedGrad:
 
         total, infos = jax.lax.scan(body, zeros[0], chunks)
         return total, jax.tree.map(join, infos)
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:  # such as a module that holds arrays, as loss_fn
+        return False
+    return True
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled(grad_fn: ClippedGrad, *arguments: Any) -> tuple[PyTree, ClipInfo]:
+    """For calls outside of jit: operation by operation, every branch would be compiled anew."""
+    return grad_fn._sum(*arguments)
 
 
 def clipped_grad(

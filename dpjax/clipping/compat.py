@@ -13,6 +13,11 @@ REMAT = primitives.remat_p.name
 SCAN = primitives.scan_p.name
 
 
+def is_traced(value: Any) -> bool:
+    """Whether a value is known by shape only, as in jit."""
+    return isinstance(value, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class Scope(NamedTuple):
     """A jaxpr and the values of its constants."""
 

@@ -1,8 +1,8 @@
 """A table of how `clipped_grad` will find each gradient leaf, and what that costs."""
 
+import math
 from typing import NamedTuple
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -68,22 +68,12 @@ def explain(
     if method not in METHODS:
         raise DpjaxError(f"method is {method!r}; use one of: {', '.join(METHODS)}")
     traced = lazy.trace(loss_fn, has_aux, params, example)
-    plans = lazy.plan(traced, 1, method, memory_budget)
-    rows = []
-    for p, leaf in zip(plans, jax.tree.leaves(params), strict=True):
-        size = 4.0 * leaf.size
-        held = method == "vmap"
-        rows.append(
-            LeafStrategy(
-                p.path,
-                p.shape,
-                "per-example" if held else p.strategy,
-                p.what,
-                size / 2 if held else p.flops,
-                size if held else p.bytes,
-                size,
-            )
+    rows = [
+        LeafStrategy(
+            p.path, p.shape, p.strategy, p.what, p.flops, p.bytes, 4.0 * math.prod(p.shape)
         )
+        for p in lazy.plan(traced, 1, method, memory_budget)
+    ]
     if show:
         _print(rows)
     return rows

@@ -52,7 +52,8 @@ Segments: TypeAlias = Sequence[Segment]
 
 
 def _dtype(*arrays: Array):
-    return accumulation_dtype(jnp.result_type(*(a.dtype for a in arrays)))
+    is_double = any(a.dtype == jnp.float64 for a in arrays)
+    return accumulation_dtype(jnp.float64 if is_double else jnp.float32)
 
 
 def _dot(x: Array, y: Array, contracting: tuple, batching: tuple) -> Array:

@@ -12,7 +12,7 @@ from dpjax.clipping import factors
 from dpjax.clipping.compat import SCAN, Literal, Scope, make_scope, scan_arity
 from dpjax.clipping.jaxprs import Computed, Here, evaluate, evaluate_from, flatten
 from dpjax.clipping.leaves import laid_out, places, region_place, segments, to_leaf
-from dpjax.clipping.norms import leaf_paths, squared_norms, weighted_sum
+from dpjax.clipping.norms import leaf_paths, squared_norms, weighted_sums
 from dpjax.clipping.plan import LeafPlan, make_plan, norm_strategy
 from dpjax.clipping.rules import ClipRule
 from dpjax.clipping.terms import Reader, producers
@@ -73,18 +73,58 @@ def clip_and_sum(
     value, found, kept = _run(traced, plans, params, batch)
 
     arrays = [_as_stored(found[id(p)]) for p in plans]
-    measured = [_squared_norm(p, x, size) for p, x in zip(plans, arrays, strict=True)]
+    held = [_held_gradients(p, x) for p, x in zip(plans, arrays, strict=True)]
+    measured = [_squared_norm(*leaf, size) for leaf in zip(plans, arrays, held, strict=True)]
     squares = _again_where_needed(measured)
     doubts = [m.in_doubt for m in measured]
     weights, norms, is_unclean = rule.factors(
         squares, traced.paths, is_padding_example, relative_clip_norm
     )
-    totals = _second_pass(traced, plans, kept, weights, is_unclean, doubts)
-    for p, x, w, d in zip(plans, arrays, weights, doubts, strict=True):
-        if p.strategy != "two passes":
-            totals[id(p)] = _weighted(p, x, w, is_unclean, d)
-    structure = jax.tree.structure(params)
-    return jax.tree.unflatten(structure, [totals[id(p)] for p in plans]), value, norms
+    sums = _sums_of_held(plans, held, weights, is_unclean)
+    sums |= _second_pass(traced, plans, kept, weights, is_unclean, doubts)
+    totals = []
+    for i, p in enumerate(plans):
+        if p.strategy == "zero":
+            totals.append(jnp.zeros(p.shape, norms.dtype))
+        elif i in sums:
+            totals.append(sums[i])
+        else:
+            in_doubt = doubts[i]
+            assert in_doubt is not None
+            parts = [
+                to_leaf(g, factors.weighted_sum(s, weights[i], is_unclean, in_doubt))
+                for g, s in zip(p.groups, _segments(p, arrays[i]), strict=True)
+            ]
+            totals.append(_total(parts))
+    return jax.tree.unflatten(jax.tree.structure(params), totals), value, norms
+
+
+def _held_gradients(p: LeafPlan, arrays: Sequence[Array]) -> list[tuple[Array, int]]:
+    """Per-example gradients that a leaf holds (in parts), each with its example axis."""
+    if p.strategy == "per-example":
+        return [(arrays[0], 0)]
+    if p.strategy == "patches":
+        return [(factors.products(s), 1) for s in _segments(p, arrays)]
+    return []
+
+
+def _sums_of_held(plans, held, weights, is_unclean) -> dict[int, Array]:
+    """Weighted sums of the leaves that hold their gradients, by number."""
+    flat = [(i, *part) for i, parts in enumerate(held) for part in parts]
+    sums = weighted_sums(
+        [rows for _, rows, _ in flat],
+        [weights[i] for i, _, _ in flat],
+        is_unclean,
+        [axis for _, _, axis in flat],
+    )
+    by_leaf: dict[int, list[Array]] = {}
+    for (i, _, _), part in zip(flat, sums, strict=True):
+        by_leaf.setdefault(i, []).append(part)
+    for i, parts in by_leaf.items():
+        if plans[i].strategy == "patches":
+            parts = [to_leaf(g, y) for g, y in zip(plans[i].groups, parts, strict=True)]
+        by_leaf[i] = parts
+    return {i: _total(parts) for i, parts in by_leaf.items()}
 
 
 class _Kept(NamedTuple):
@@ -178,18 +218,17 @@ class _Measured(NamedTuple):
     again: Callable[[], Array] | None = None
 
 
-def _squared_norm(p: LeafPlan, arrays: list[Array], size: int) -> _Measured:
+def _squared_norm(
+    p: LeafPlan, arrays: list[Array], held: list[tuple[Array, int]], size: int
+) -> _Measured:
     if p.strategy == "zero":
         return _Measured(jnp.zeros(size, jnp.float32))
     if p.region is not None:
         inner = jnp.sum(arrays[0], axis=tuple(range(arrays[0].ndim - 2)))
         return _Measured(inner[:, 0] * p.region.scale**2, ~(inner[:, 1] == 0))
-    if p.strategy == "per-example":
-        return _Measured(squared_norms(arrays[0]))
-    parts = _segments(p, arrays)
-    if p.strategy == "patches":
-        return _Measured(_total([squared_norms(factors.products(s), axis=1) for s in parts]))
-    return _factored_norm(parts, p.strategy)
+    if held:
+        return _Measured(_total([squared_norms(rows, axis) for rows, axis in held]))
+    return _factored_norm(_segments(p, arrays), p.strategy)
 
 
 def _factored_norm(parts: list[list[factors.Segment]], strategy: str) -> _Measured:
@@ -231,24 +270,6 @@ def _again_where_needed(measured: list[_Measured]) -> list[Array]:
         ]
 
     return lax.cond(jnp.any(jnp.stack(doubts)), again, lambda: squares)
-
-
-def _weighted(
-    p: LeafPlan, arrays: list[Array], weights: Array, is_unclean: Array, in_doubt: Array | None
-) -> Array:
-    if p.strategy == "zero":
-        return jnp.zeros(p.shape, weights.dtype)
-    if p.strategy == "per-example":
-        return weighted_sum(arrays[0], weights, is_unclean)
-    sums = []
-    for group, parts in zip(p.groups, _segments(p, arrays), strict=True):
-        if p.strategy == "patches":
-            part = weighted_sum(factors.products(parts), weights, is_unclean, axis=1)
-        else:
-            assert in_doubt is not None
-            part = factors.weighted_sum(parts, weights, is_unclean, in_doubt)
-        sums.append(to_leaf(group, part))
-    return _total(sums)
 
 
 # Checkpointed regions. The first pass computes norms where the operands live and lets go of them;
@@ -306,7 +327,7 @@ def _sum_in_region(p: LeafPlan, number: int) -> Callable:
 
 
 def _second_pass(traced, plans, kept: _Kept, weights, is_unclean, doubts) -> dict[int, Array]:
-    """Weighted sums of the leaves in checkpointed regions."""
+    """Weighted sums of the leaves in checkpointed regions, by number."""
     chosen = [i for i, p in enumerate(plans) if p.region is not None]
     if not chosen:
         return {}
@@ -326,5 +347,5 @@ def _second_pass(traced, plans, kept: _Kept, weights, is_unclean, doubts) -> dic
     for i, total in zip(chosen, found, strict=True):
         region = plans[i].region
         leaf = laid_out(total.astype(accumulation_dtype(total.dtype)), region.layout)
-        totals[id(plans[i])] = leaf if region.scale == 1.0 else leaf * region.scale
+        totals[i] = leaf if region.scale == 1.0 else leaf * region.scale
     return totals

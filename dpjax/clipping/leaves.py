@@ -169,7 +169,10 @@ def segments(group: Group, arrays: Sequence[Array]) -> list[Segment]:
 def _arranged(side: Operand, x: Array, group, contracted, free) -> Array:
     """[G, B, K, free] from the array as the evaluation left it."""
     if side.view is not None:
-        x = side.view(x) if side.rows is not None else jax.vmap(side.view)(x)
+        view = side.view
+        for _ in range(side.stack + 1):
+            view = jax.vmap(view)
+        x = view(x)
     labels = [*side.labels[: side.stack], _EXAMPLE, *side.labels[side.stack :]]
     for label, start, stop, stride in side.slices:
         x = lax.slice_in_dim(x, start, stop, stride, axis=labels.index(label))

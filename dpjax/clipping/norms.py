@@ -1,5 +1,7 @@
 """Norms and the weighted sum of per-example gradients, in at least float32 throughout."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,30 +17,46 @@ def squared_norms(rows: Array, axis: int = 0) -> Float[Array, " batch"]:
     return jnp.sum(jnp.square(wide), axis=tuple(i for i in range(rows.ndim) if i != axis))
 
 
-def weighted_sum(
-    rows: Array,
-    weights: Float[Array, " batch"],
+def weighted_sums(
+    rows: Sequence[Array],
+    weights: Sequence[Float[Array, " batch"]],
     is_unclean: Bool[Array, " batch"],
-    axis: int = 0,
-) -> Array:
-    """Sum over b of weights[b] * rows[b] along ``axis``; unclean rows add exactly zero."""
-    wide = rows.astype(accumulation_dtype(rows.dtype))
+    axes: Sequence[int],
+) -> list[Array]:
+    """For each leaf, the sum over b of weights[b] * rows[b]; unclean rows add exactly zero.
 
-    def dot(x: Array) -> Array:
+    Args:
+      rows: per-example gradients of the leaves.
+      weights: of each leaf.
+      is_unclean: examples whose rows may hold NaN or infinity.
+      axes: where the example axis of each leaf lies.
+    """
+
+    def dot(x: Array, factor: Array, axis: int) -> Array:
         # Full precision: accelerators may run a float32 dot in a narrower type, which would
         # break the sensitivity by more than rounding.
+        x = x.astype(accumulation_dtype(x.dtype))
         return jnp.tensordot(
-            weights.astype(x.dtype), x, axes=((0,), (axis,)), precision=lax.Precision.HIGHEST
+            factor.astype(x.dtype), x, axes=((0,), (axis,)), precision=lax.Precision.HIGHEST
         )
 
-    def clean(x: Array) -> Array:
+    def clean(x: Array, axis: int) -> Array:
         # 0 * NaN is NaN, so rows that take no part are replaced, not multiplied.
         shape = [1] * x.ndim
         shape[axis] = -1
-        return dot(jnp.where(is_unclean.reshape(shape), jnp.zeros((), x.dtype), x))
+        return jnp.where(is_unclean.reshape(shape), jnp.zeros((), x.dtype), x)
 
-    # Cleaning copies the rows, so it runs only for a batch that needs it.
-    return lax.cond(jnp.any(is_unclean), clean, dot, wide)
+    def sums(leaves: Sequence[Array]) -> list[Array]:
+        return [dot(*leaf) for leaf in zip(leaves, weights, axes, strict=True)]
+
+    # Cleaning copies the rows, so it runs only for a batch that needs it. One branch for all
+    # leaves: each costs compilation time.
+    return lax.cond(
+        jnp.any(is_unclean),
+        lambda leaves: sums([clean(x, axis) for x, axis in zip(leaves, axes, strict=True)]),
+        sums,
+        list(rows),
+    )
 
 
 def leaf_paths(tree: PyTree) -> list[str]:
@@ -112,5 +130,5 @@ def clip_and_sum(
         is_padding_example,
         relative_clip_norm,
     )
-    sums = [weighted_sum(x, w, is_unclean) for x, w in zip(rows, factors, strict=True)]
+    sums = weighted_sums(rows, factors, is_unclean, [0] * len(rows))
     return jax.tree.unflatten(structure, sums), norms

@@ -19,22 +19,22 @@ class ConvSide(NamedTuple):
 
 def conv_operands(
     eqn: Any, fresh: Callable[[], int]
-) -> tuple[ConvSide, ConvSide, tuple[int, ...], tuple[int, ...] | None] | None:
-    """Both sides of a convolution as einsum operands, or None where features are grouped.
+) -> tuple[ConvSide, ConvSide, tuple[int, ...], tuple[int, ...] | None]:
+    """Both sides of a convolution as einsum operands.
 
     out[b, f, s] = sum over n and p of padded_lhs[b, n, s * stride + p * dilation] * rhs[f, n, p].
-    With batch groups (the weight gradient of a grouped convolution) b and f split into groups.
+    In groups, f splits into groups, and with it b (batch groups: the weight gradient of a
+    convolution with feature groups) or the features n of the left side (feature groups).
 
     Returns:
       left, right, the labels of the result, and the shape that merges its group axis (or None).
     """
     p = eqn.params
-    if p["feature_group_count"] != 1:
-        return None
     numbers = p["dimension_numbers"]
     lhs, rhs = (tuple(v.aval.shape) for v in eqn.invars)
     out = tuple(eqn.outvars[0].aval.shape)
-    groups = p["batch_group_count"]
+    groups = max(p["batch_group_count"], p["feature_group_count"])
+    by_batch = p["batch_group_count"] > 1
     spatial = len(lhs) - 2
     b, n, f, g = fresh(), fresh(), fresh(), fresh()
     s, k = [fresh() for _ in range(spatial)], [fresh() for _ in range(spatial)]
@@ -65,43 +65,31 @@ def conv_operands(
                 stop[axis] = at * step + (size - 1) * gap + 1
                 stride[axis] = gap
             pieces.append(lax.slice(x, start, stop, stride))
-        axis = numbers.lhs_spec[0]
-        stacked = jnp.stack(pieces, axis=axis)
-        return _split(_split(stacked, axis, out_sizes), axis + spatial, batch_split)
+        return jnp.stack(pieces, axis=numbers.lhs_spec[0]).reshape(left_sizes)
 
-    batch = lhs[numbers.lhs_spec[0]]
-    batch_split = [groups, batch // groups] if groups > 1 else [batch]
-    left_labels: list[int] = []
-    left_sizes: list[int] = []
+    def split(label: int, size: int, grouped: bool) -> list[tuple[int, int]]:
+        return [(g, groups), (label, size // groups)] if grouped else [(label, size)]
+
+    left: list[tuple[int, int]] = []
     for axis, size in enumerate(lhs):
         if axis == numbers.lhs_spec[0]:
-            left_labels += [*s, *([g, b] if groups > 1 else [b])]
-            left_sizes += [*out_sizes, *batch_split]
+            left += [*zip(s, out_sizes, strict=True), *split(b, size, by_batch)]
         elif axis == numbers.lhs_spec[1]:
-            left_labels.append(n)
-            left_sizes.append(size)
+            left += split(n, size, groups > 1 and not by_batch)
         else:
             i = numbers.lhs_spec[2:].index(axis)
-            left_labels.append(k[i])
-            left_sizes.append(kernel_sizes[i])
+            left.append((k[i], kernel_sizes[i]))
+    left_sizes = tuple(size for _, size in left)
 
-    features = rhs[numbers.rhs_spec[0]]
-    feature_split = [groups, features // groups] if groups > 1 else [features]
-    right_labels: list[int] = []
-    right_sizes: list[int] = []
+    right: list[tuple[int, int]] = []
     for axis, size in enumerate(rhs):
         if axis == numbers.rhs_spec[0]:
-            right_labels += [g, f] if groups > 1 else [f]
-            right_sizes += feature_split
+            right += split(f, size, groups > 1)
         elif axis == numbers.rhs_spec[1]:
-            right_labels.append(n)
-            right_sizes.append(size)
+            right.append((n, size))
         else:
-            right_labels.append(k[numbers.rhs_spec[2:].index(axis)])
-            right_sizes.append(size)
-
-    def split_features(y: Array) -> Array:
-        return _split(y, numbers.rhs_spec[0], feature_split)
+            right.append((k[numbers.rhs_spec[2:].index(axis)], size))
+    right_sizes = tuple(size for _, size in right)
 
     result: list[int] = []
     for axis in range(len(out)):
@@ -112,8 +100,12 @@ def conv_operands(
         else:
             result.append(s[numbers.out_spec[2:].index(axis)])
     return (
-        ConvSide(tuple(left_labels), tuple(left_sizes), patches),
-        ConvSide(tuple(right_labels), tuple(right_sizes), split_features if groups > 1 else None),
+        ConvSide(tuple(label for label, _ in left), left_sizes, patches),
+        ConvSide(
+            tuple(label for label, _ in right),
+            right_sizes,
+            (lambda y: y.reshape(right_sizes)) if groups > 1 else None,
+        ),
         tuple(result),
         out if groups > 1 else None,
     )
@@ -129,7 +121,3 @@ def _positions(sizes: list[int]) -> list[tuple[int, ...]]:
             place.append(at)
         positions.append(tuple(reversed(place)))
     return positions
-
-
-def _split(x: Array, axis: int, sizes: list[int]) -> Array:
-    return x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :])

@@ -66,12 +66,14 @@ def make_plan(
       leaves: path and variable of each gradient leaf.
       depends_on_example: the variables that do.
       batch: examples at once.
-      method: "lazy" holds as little as it can; "auto" may spend ``memory_budget`` bytes more where
-        that saves time.
+      method: "vmap" holds every gradient; "lazy" holds as little as it can; "auto" may spend
+        ``memory_budget`` bytes more where that saves time.
       memory_budget: None is `DEFAULT_BUDGET` of what "lazy" holds.
     """
     held: set = set()
     plans = [_plan(path, var, reader, depends_on_example, batch, held) for path, var in leaves]
+    if method == "vmap":
+        return [_holding(p, batch, p.what) if p.strategy != "zero" else p for p in plans]
     if method == "lazy":
         return plans
     if memory_budget is None:
@@ -94,7 +96,7 @@ def _plan(path, var, reader, depends_on_example, batch, held) -> LeafPlan:
     norm = norm_strategy(groups)
     flops = batch * sum(gram_flops(g) if norm == "gram" else product_flops(g) for g in groups)
     if region:
-        if is_small(groups):
+        if is_small(groups) and not any(is_convolution(g) for g in groups):
             return _held(path, shape, batch, f"small: {what}")
         flops *= math.prod(region.shape[: region.stack])
         what = f"{norm} of {what}, in a checkpointed region"
@@ -102,10 +104,8 @@ def _plan(path, var, reader, depends_on_example, batch, held) -> LeafPlan:
     if not _is_per_example(terms, depends_on_example):
         return _held(path, shape, batch, "an operand that all examples share")
     if is_small(groups):
-        if any(is_convolution(g) for g in groups):
-            made = _held(path, shape, batch, what)
-            return dataclasses.replace(made, strategy="patches", groups=tuple(groups))
-        return _held(path, shape, batch, f"small: {what}")
+        small = LeafPlan(path, shape, "gram", what, 0.0, 0.0, tuple(groups))
+        return _holding(small, batch, f"small: {what}")
     new = {s.place: operand_bytes(s) for s in _operands(groups) if s.place not in held}
     held |= set(new)
     return LeafPlan(path, shape, norm, what, flops, batch * sum(new.values()), tuple(groups))
@@ -114,6 +114,21 @@ def _plan(path, var, reader, depends_on_example, batch, held) -> LeafPlan:
 def _held(path: str, shape: tuple[int, ...], batch: int, why: str) -> LeafPlan:
     size = float(math.prod(shape) * batch)
     return LeafPlan(path, shape, "per-example", why, 2.0 * size, 4.0 * size)
+
+
+def _holding(plan: LeafPlan, batch: int, why: str) -> LeafPlan:
+    """The plan, but with a gradient for each example.
+
+    That of a convolution is made from patches: under vmap it would be a convolution in groups,
+    which XLA runs slowly on CPU, splits wrongly over devices (0.10 and 0.11), and through which a
+    NaN of one example can reach the others.
+    """
+    held = _held(plan.path, plan.shape, batch, why)
+    if not any(is_convolution(g) for g in plan.groups):
+        return held
+    if plan.region is not None:
+        return plan
+    return dataclasses.replace(held, strategy="patches", groups=plan.groups)
 
 
 def _spend(plans: list[LeafPlan], batch: int, memory_budget: float) -> list[LeafPlan]:
@@ -141,10 +156,7 @@ def _spend(plans: list[LeafPlan], batch: int, memory_budget: float) -> list[Leaf
     for _, i, extra in sorted(gains, reverse=True):
         if extra <= memory_budget:
             memory_budget -= extra
-            held = _held(plans[i].path, plans[i].shape, batch, f"faster: {plans[i].what}")
-            if any(is_convolution(g) for g in plans[i].groups):
-                held = dataclasses.replace(held, strategy="patches", groups=plans[i].groups)
-            plans[i] = held
+            plans[i] = _holding(plans[i], batch, f"faster: {plans[i].what}")
     return plans
 
 

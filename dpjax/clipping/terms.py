@@ -369,8 +369,6 @@ class Reader:
         if not _is_real(lhs) or not _is_real(rhs):
             return None
         found = conv_operands(eqn, lambda: next(_fresh))
-        if found is None:
-            return None
         left, right, core_labels, shape = found
         product = Product(
             Operand(Here(lhs), left.labels, left.sizes, lhs.aval.dtype, view=left.view),
@@ -484,9 +482,7 @@ def _through_scan(term: Term, eqn: Any, body: Scope, stacked: bool) -> Term | No
         _operand_through_scan(side, eqn, body, label, consts, carried)
         for side in (term.lhs, term.rhs)
     ]
-    if all(label not in side.labels for side in sides) or any(
-        side.view is not None and side.rows is None for side in sides
-    ):
+    if all(label not in side.labels for side in sides):
         return None
     core_labels = (label, *term.core) if stacked else term.core
     layout = deeper if stacked else term.layout
