@@ -2,6 +2,7 @@
 
 from dpjax import accounting, auditing, clipping, data, models
 from dpjax.accounting import calibrate_noise_multiplier, epsilon
+from dpjax.adaptive import AdaptiveClipping
 from dpjax.clipping import clipped_grad
 from dpjax.errors import DpjaxError
 from dpjax.generation import generate
@@ -14,6 +15,7 @@ from dpjax.types import NeighboringRelation
 
 __all__ = [
     "DPSGD",
+    "AdaptiveClipping",
     "DpjaxError",
     "Ledger",
     "NeighboringRelation",

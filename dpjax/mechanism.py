@@ -14,7 +14,8 @@ import optax
 
 from dpjax import accounting
 from dpjax import sampling as samplers
-from dpjax.clipping import ClippedGrad, Method, clipped_grad
+from dpjax.adaptive import AdaptiveClipping
+from dpjax.clipping import ClippedGrad, Groups, Method, clipped_grad
 from dpjax.errors import DpjaxError
 from dpjax.noise import gaussian_privatizer
 from dpjax.types import (
@@ -50,7 +51,10 @@ class DPSGD:
       normalize_by: public constant that divides the sum, e.g. the expected batch size.
       neighboring_relation: default: the sampler's own first one.
       microbatch_size: examples differentiated at once; None is the whole physical batch.
-      clipping_method: see `clipped_grad`.
+      clipping_method: "auto", "vmap" or "lazy"; see `clipped_grad`.
+      clip_groups: which leaves are clipped together; ``groups`` of `clipped_grad`.
+      stability_constant: automatic clipping instead; see `clipped_grad`.
+      adaptive_clipping: lets the clip norm follow a quantile; ``l2_clip_norm`` is the first one.
       accountant: "rdp" or "pld", used to calibrate.
 
     Raises:
@@ -85,6 +89,9 @@ class DPSGD:
     neighboring_relation: NeighboringRelation | str | None = None
     microbatch_size: int | None = None
     clipping_method: Method = "auto"
+    clip_groups: Groups = None
+    stability_constant: float | None = None
+    adaptive_clipping: AdaptiveClipping | None = None
     accountant: accounting.Accountant = "rdp"
 
     def __post_init__(self):
@@ -128,6 +135,8 @@ class DPSGD:
                 )
             accounting.check_epsilon(self.target_epsilon)
             accounting.check_delta(self.target_delta, self.population)
+        if self.adaptive_clipping is not None:
+            self._check_adaptive_clipping()
         # Building the parts once checks the remaining fields where they are understood.
         self._sampler(self.population or 1, None)
         self.clipped_grad(_no_loss)
@@ -139,6 +148,22 @@ class DPSGD:
             raise DpjaxError(
                 f"l2_clip_norm is inf with noise_multiplier {self._noise:g}: no noise covers an "
                 "unbounded gradient; use e.g. 1.0"
+            )
+
+    def _check_adaptive_clipping(self) -> None:
+        if self.stability_constant is not None:
+            raise DpjaxError(
+                f"stability_constant is {self.stability_constant} with adaptive_clipping; "
+                "automatic clipping has no threshold to move: use one of the two"
+            )
+        if self.population is None:
+            raise DpjaxError(
+                "population is None; adaptive_clipping divides by the expected batch size: "
+                "give it, e.g. len(data)"
+            )
+        if not math.isfinite(self.l2_clip_norm):
+            raise DpjaxError(
+                f"l2_clip_norm is {self.l2_clip_norm}; adaptive_clipping starts there: use e.g. 1.0"
             )
 
     @property
@@ -205,11 +230,35 @@ class DPSGD:
         return self._noise > 0
 
     @property
+    def gradient_noise_multiplier(self) -> float:
+        """Of the gradient's own noise: above ``noise_multiplier`` where a count has its share."""
+        if self.adaptive_clipping is None:
+            return self._noise
+        return self.adaptive_clipping.gradient_noise_multiplier(self._noise)
+
+    @property
     def stddev(self) -> float:
-        """Absolute noise standard deviation per coordinate of the (normalised) sum."""
+        """Absolute noise standard deviation per coordinate of the (normalised) sum.
+
+        With ``adaptive_clipping`` it is that of the first iteration, and moves with the clip norm.
+        """
         if not self.is_private:
             return 0.0
-        return self._noise * self.clipped_grad(_no_loss).sensitivity(self.relation)
+        sensitivity = self.clipped_grad(_no_loss).sensitivity(self.relation)
+        return self.gradient_noise_multiplier * sensitivity
+
+    @property
+    def count_stddev(self) -> float:
+        """Absolute noise standard deviation of the count that `AdaptiveClipping` releases."""
+        if self.adaptive_clipping is None:
+            return 0.0
+        return self.adaptive_clipping.count_stddev(self._noise, self.relation)
+
+    @property
+    def expected_batch_size(self) -> float:
+        """Examples in a batch on average; public. Needs ``population``."""
+        assert self.population is not None
+        return float(self._sampler(self.population, None).expected_batch_size)
 
     def epsilon(
         self,
@@ -284,6 +333,8 @@ sampling; a poisson epsilon does not hold for it: build the mechanism with sampl
             microbatch_size=self.microbatch_size,
             has_aux=has_aux,
             normalize_by=self.normalize_by,
+            groups=self.clip_groups,
+            stability_constant=self.stability_constant,
         )
 
     def privatizer(self, key: RandomKey) -> optax.GradientTransformation:

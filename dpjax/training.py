@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from dpjax import sampling as samplers
+from dpjax.adaptive import next_relative_clip_norm
 from dpjax.clipping import microbatch_order
 from dpjax.errors import DpjaxError
 from dpjax.ledger import Ledger
@@ -26,6 +27,8 @@ class TrainState(NamedTuple):
     opt_state: PyTree  # (NoiseState, the optimizer's own state)
     sampling_key: RandomKey  # typed scalar key; never changes
     iteration: Int[Array, ""]  # int32, releases so far; also the sampler's position
+    # float32, the clip norm as a multiple of the mechanism's: 1 unless it adapts
+    relative_clip_norm: Float[Array, ""]
 
 
 class StepInfo(NamedTuple):
@@ -35,7 +38,8 @@ class StepInfo(NamedTuple):
     noisy_grad_norm: Float[Array, ""]  # float32, L2 norm of the released noisy sum
     sensitive_loss: Float[Array, ""]  # float32, mean loss over the examples of this batch
     sensitive_num_examples: Int[Array, ""]  # int32, realised batch size
-    sensitive_clipped_fraction: Float[Array, ""]  # float32, share of examples cut by clipping
+    # float32, share of examples whose whole gradient exceeds the clip norm
+    sensitive_clipped_fraction: Float[Array, ""]
     clip: ClipInfo
 
 
@@ -62,7 +66,8 @@ def init_state(
     """
     noise_key, sampling_key = jax.random.split(require_key(key))
     opt_state = optax.chain(mechanism.privatizer(noise_key), optimizer).init(params)
-    return TrainState(params, opt_state, sampling_key, jnp.zeros((), jnp.int32))
+    one = jnp.ones((), jnp.float32)
+    return TrainState(params, opt_state, sampling_key, jnp.zeros((), jnp.int32), one)
 
 
 def _train_step(
@@ -90,14 +95,33 @@ def _train_step(
       batch (all padding) is a step too: its update is noise.
     """
     grad_fn = mechanism.clipped_grad(loss_fn)
-    sum_of_clipped_grads, clip = grad_fn(state.params, batch, is_padding_example)
-    privatizer = mechanism.privatizer(state.opt_state[0].key)
-    noisy, noise_state = privatizer.update(sum_of_clipped_grads, state.opt_state[0])
+    relative = state.relative_clip_norm
+    moves = mechanism.adaptive_clipping is not None
+    sum_of_clipped_grads, clip = grad_fn(
+        state.params, batch, is_padding_example, relative if moves else None
+    )
+    noise = state.opt_state[0]
+    privatizer = mechanism.privatizer(noise.key)
+    noisy, noise_state = privatizer.update(sum_of_clipped_grads, noise)
+    next_relative = relative
+    if mechanism.adaptive_clipping is not None:
+        noisy = jax.tree.map(lambda x: x * relative.astype(x.dtype), noisy)
+        next_relative = next_relative_clip_norm(
+            mechanism.adaptive_clipping,
+            relative,
+            mechanism.l2_clip_norm,
+            clip.sensitive_norms,
+            is_padding_example,
+            expected_batch_size=mechanism.expected_batch_size,
+            stddev=mechanism.count_stddev,
+            key=noise.key,
+            release=noise.count,
+        )
     updates, inner = optimizer.update(noisy, state.opt_state[1], state.params)
     params = optax.apply_updates(state.params, updates)
     iteration = state.iteration + 1
     present = jnp.sum(~is_padding_example)
-    cut = jnp.sum(clip.sensitive_norms > mechanism.l2_clip_norm)
+    cut = jnp.sum(clip.sensitive_norms > relative * mechanism.l2_clip_norm)
     losses = clip.sensitive_losses
     share = 1.0 / jnp.maximum(present, 1).astype(jnp.float32)
     info = StepInfo(
@@ -108,7 +132,7 @@ def _train_step(
         cut.astype(jnp.float32) * share,
         clip,
     )
-    after = TrainState(params, (noise_state, inner), state.sampling_key, iteration)
+    after = TrainState(params, (noise_state, inner), state.sampling_key, iteration, next_relative)
     if state_sharding is not None:
         after = jax.lax.with_sharding_constraint(after, state_sharding)
     return after, info

@@ -16,6 +16,7 @@ ORDER = [
     ["noise"],
     ["sampling"],
     ["accounting"],
+    ["adaptive"],
     ["mechanism"],
     ["optimizers"],
     ["ledger"],
@@ -30,7 +31,7 @@ ORDER = [
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-FLAT = ("clipping", "noise", "sampling", "accounting")
+FLAT = ("clipping", "noise", "adaptive", "sampling", "accounting")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -3,9 +3,11 @@
 from dpjax.clipping.api import ClippedGrad, Method, clipped_grad, microbatch_order
 from dpjax.clipping.explain import LeafStrategy, explain
 from dpjax.clipping.norms import clip_and_sum, per_example_l2_norms
+from dpjax.clipping.rules import Groups
 
 __all__ = [
     "ClippedGrad",
+    "Groups",
     "LeafStrategy",
     "Method",
     "clip_and_sum",

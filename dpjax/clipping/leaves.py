@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from dpjax.clipping.factors import Rows, Segment
 from dpjax.clipping.jaxprs import Inside, Place
-from dpjax.clipping.terms import Layout, Operand, Product, Region, Term
+from dpjax.clipping.products import Layout, Operand, Product, Region, Term
 
 _EXAMPLE = -1  # label of the example axis
 

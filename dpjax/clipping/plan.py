@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 
 from dpjax.clipping.leaves import Group, Pair, group_products
-from dpjax.clipping.terms import Operand, Product, Reader, Region, Term
+from dpjax.clipping.products import Operand, Product, Region, Term
+from dpjax.clipping.terms import Reader
 
 Strategy = Literal["per-example", "patches", "gram", "product", "two passes", "zero"]
 

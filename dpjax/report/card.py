@@ -420,9 +420,10 @@ def _training(inputs: CardInputs) -> dict[str, Any]:
         "num_parameters": inputs.num_parameters,
         "num_trained_parameters": inputs.num_trained_parameters,
         "clipping": {
-            "kind": "L2 norm of each example's whole gradient",
+            "kind": _kind_of_clipping(mechanism),
             "l2_clip_norm": clip if math.isfinite(clip) else UNBOUNDED,
-            "adaptive": False,
+            "adaptive": mechanism.adaptive_clipping is not None,
+            "share_of_budget": getattr(mechanism.adaptive_clipping, "budget_share", 0.0),
         },
         "noise_multiplier": mechanism.noise_multiplier,
         "stddev": mechanism.stddev,
@@ -439,3 +440,23 @@ def _training(inputs: CardInputs) -> dict[str, Any]:
         "cross_example_operations": "none: the loss sees one example at a time",
         "non_finite_gradients": "an example with a NaN or infinite gradient counts as removed",
     }
+
+
+def _kind_of_clipping(mechanism: Any) -> str:
+    kind = "L2 norm of each example's whole gradient"
+    if mechanism.clip_groups is not None:
+        name = mechanism.clip_groups
+        kind = f"L2 norm of each example's gradient in groups of parameters ({name})"
+        if callable(name):
+            kind = "L2 norm of each example's gradient in groups of parameters"
+    if mechanism.stability_constant is not None:
+        kind += f"; normalised (norm + {mechanism.stability_constant:g}), not clipped"
+    adaptive = mechanism.adaptive_clipping
+    if adaptive is not None:
+        kind += (
+            f"; the clip norm follows the noisy {adaptive.target_quantile:g} quantile of the norms,"
+            f" released with noise multiplier "
+            f"{(mechanism.noise_multiplier or 0.0) / adaptive.budget_share**0.5:.3g} beside "
+            f"{mechanism.gradient_noise_multiplier:.4g} for the gradient"
+        )
+    return kind

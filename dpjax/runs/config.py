@@ -23,6 +23,7 @@ import numpy as np
 import optax
 
 from dpjax import accounting
+from dpjax.adaptive import AdaptiveClipping
 from dpjax.artifact import Model, load_model
 from dpjax.data import (
     Dataset,
@@ -82,6 +83,12 @@ class TrainConfig:
     """Instead of a budget: noise stddev / sensitivity; 0 trains without privacy."""
     l2_clip_norm: float = 1.0
     """Largest L2 norm of one record's gradient."""
+    clip_groups: Literal["per_leaf", "per_layer"] | None = None
+    """Clip each parameter, or each layer, to its share of the norm (default: all together)."""
+    stability_constant: float | None = None
+    """Normalise gradients by their norm plus this, e.g. 0.01, instead of clipping them."""
+    adaptive_quantile: float | None = None
+    """Let the clip norm follow this quantile of the norms, e.g. 0.5, for 1% of the budget."""
     sampling: Sampling = "poisson"
     """How batches are drawn; each way has its own accounting."""
     truncated_batch_size: int | None = None
@@ -170,6 +177,11 @@ def make_mechanism(config: TrainConfig, population: int) -> DPSGD:
         normalize_by=float(batch),
         microbatch_size=min(config.microbatch_size, batch),
         accountant=config.accountant,
+        clip_groups=config.clip_groups,
+        stability_constant=config.stability_constant,
+        adaptive_clipping=(
+            None if config.adaptive_quantile is None else AdaptiveClipping(config.adaptive_quantile)
+        ),
     )
 
 
