@@ -10,6 +10,8 @@ from jaxtyping import Array, Bool, Float
 from dpjax.clipping.rules import ClipRule
 from dpjax.types import PyTree, accumulation_dtype
 
+SMALL_LEAF = 2**18  # numbers in all its per-example gradients
+
 
 def squared_norms(rows: Array, axis: int = 0) -> Float[Array, " batch"]:
     """Squared L2 norm of each row along ``axis``, summed in float32 or wider."""
@@ -46,17 +48,24 @@ def weighted_sums(
         shape[axis] = -1
         return jnp.where(is_unclean.reshape(shape), jnp.zeros((), x.dtype), x)
 
-    def sums(leaves: Sequence[Array]) -> list[Array]:
-        return [dot(*leaf) for leaf in zip(leaves, weights, axes, strict=True)]
+    def sums(numbers: Sequence[int]) -> list[Array]:
+        def plain(leaves: Sequence[Array]) -> list[Array]:
+            return [dot(x, weights[i], axes[i]) for i, x in zip(numbers, leaves, strict=True)]
 
-    # Cleaning copies the rows, so it runs only for a batch that needs it. One branch for all
-    # leaves: each costs compilation time.
-    return lax.cond(
-        jnp.any(is_unclean),
-        lambda leaves: sums([clean(x, axis) for x, axis in zip(leaves, axes, strict=True)]),
-        sums,
-        list(rows),
-    )
+        def careful(leaves: Sequence[Array]) -> list[Array]:
+            return plain([clean(x, axes[i]) for i, x in zip(numbers, leaves, strict=True)])
+
+        # Cleaning copies the rows, so it runs only for a batch that needs it.
+        return lax.cond(jnp.any(is_unclean), careful, plain, [rows[i] for i in numbers])
+
+    # Every branch costs compilation time, and a branch over many leaves holds all their copies
+    # at once: the small leaves share one.
+    small = [i for i, x in enumerate(rows) if x.size < SMALL_LEAF]
+    together = [small] if small else []
+    total: dict[int, Array] = {}
+    for numbers in [*together, *([i] for i in range(len(rows)) if i not in small)]:
+        total.update(zip(numbers, sums(numbers), strict=True))
+    return [total[i] for i in range(len(rows))]
 
 
 def leaf_paths(tree: PyTree) -> list[str]:
