@@ -15,6 +15,8 @@ from dpjax.clipping import clipped_grad
 from dpjax.data import ArrayDataset
 from dpjax.errors import DpjaxError
 from dpjax.mechanism import DPSGD
+from dpjax.report.card import _kind_of_clipping
+from dpjax.runs.config import TrainConfig, make_mechanism
 from dpjax.training import fit, init_state, train_step
 
 ADD, REPLACE = (
@@ -308,3 +310,16 @@ def test_bad_input_gets_one_clear_line(make, words):
     with pytest.raises(DpjaxError, match=words) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+def test_the_command_line_and_the_card_know_it():
+    config = TrainConfig(data="notes.jsonl", adaptive_quantile=0.4, clip_groups="per_layer")
+    mechanism = make_mechanism(config, population=5000)
+    assert mechanism.adaptive_clipping == AdaptiveClipping(0.4)
+    assert mechanism.clip_groups == "per_layer"
+    words = _kind_of_clipping(mechanism)
+    gradient, count = mechanism.gradient_noise_multiplier, 10 * (mechanism.noise_multiplier or 0.0)
+    assert "per_layer" in words and "0.4 quantile" in words
+    assert f"{gradient:.4g}" in words and f"{count:.3g}" in words
+    plain = make_mechanism(TrainConfig(data="notes.jsonl"), population=5000)
+    assert _kind_of_clipping(plain) == "L2 norm of each example's whole gradient"
