@@ -14,9 +14,9 @@ from dpjax.clipping.terms import Reader
 
 Strategy = Literal["per-example", "patches", "gram", "product", "two passes", "zero"]
 
-# FLOPs that a matrix product does while memory moves one byte: between a CPU core (about 8) and a
-# GPU (tens in float32, hundreds in bfloat16). The choices it decides are rarely close.
-FLOPS_PER_BYTE = 16.0
+# FLOPs that a matrix product does while memory moves one byte: that of a CPU core; a GPU does tens
+# in float32, hundreds in bfloat16, where the budget keeps held gradients in bounds.
+FLOPS_PER_BYTE = 8.0
 
 # What "auto" may hold beyond "lazy", as a share of the operands that "lazy" holds.
 DEFAULT_BUDGET = 0.25
@@ -148,7 +148,7 @@ def _spend(plans: list[LeafPlan], batch: int, memory_budget: float) -> list[Leaf
             alone = [side for place, side in operands.items() if users[place] == 1]
             size = _gradient_bytes(plan.groups, batch)
             extra = max(size - batch * sum(map(operand_bytes, alone)), 1.0)
-            passes = 5.0 if any(side.stack for side in operands.values()) else 3.0
+            passes = 9.0 if any(side.stack for side in operands.values()) else 3.0
             read = batch * sum(map(operand_bytes, operands.values()))
             saved = plan.flops / FLOPS_PER_BYTE + read - passes * size
             if saved > 0:
