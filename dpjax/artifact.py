@@ -9,7 +9,7 @@ from typing import NamedTuple
 from dpjax.checkpoint import load_params, save_params
 from dpjax.data import Tokenizer, load_tokenizer
 from dpjax.errors import DpjaxError
-from dpjax.models import DecoderConfig, abstract_params
+from dpjax.models import DecoderConfig, abstract_params, config_from_dict
 from dpjax.types import PyTree
 
 _CONFIG, _TOKENIZER, _PARAMS = "config.json", "tokenizer.json", "params"
@@ -70,7 +70,7 @@ def load_model(folder: str | os.PathLike) -> Model:
     path = pathlib.Path(folder)
     try:
         described = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
-        config = DecoderConfig(**described["decoder"])
+        config = config_from_dict(described["decoder"])
     except FileNotFoundError:
         raise DpjaxError(
             f"{path} is not a model folder: it has no {_CONFIG}; give the model/ folder of a run"

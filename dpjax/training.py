@@ -80,20 +80,6 @@ def _train_step(
     optimizer: optax.GradientTransformation,
     state_sharding: jax.sharding.Sharding | None = None,
 ) -> tuple[TrainState, StepInfo]:
-    """One iteration: clip, sum, add noise once, update. Pure; jitted as `train_step`.
-
-    Args:
-      state: from `init_state` or the step before.
-      batch: pytree whose leaves have a leading axis ``physical``.
-      is_padding_example: bool[physical].
-      mechanism, loss_fn, optimizer: static; one compilation for each combination.
-      state_sharding: static; where the new state lies. With several devices it must be where the
-        old one lay, or the next step compiles again for what XLA chose.
-
-    Guarantee:
-      Of the batch, only the noisy sum reaches the new parameters and optimizer state. An empty
-      batch (all padding) is a step too: its update is noise.
-    """
     grad_fn = mechanism.clipped_grad(loss_fn)
     relative = state.relative_clip_norm
     moves = mechanism.adaptive_clipping is not None
@@ -138,9 +124,44 @@ def _train_step(
     return after, info
 
 
-train_step = jax.jit(
-    _train_step, static_argnames=("mechanism", "loss_fn", "optimizer", "state_sharding")
-)
+_compiled_step = jax.jit(_train_step, static_argnames=("mechanism", "optimizer", "state_sharding"))
+
+
+def train_step(
+    state: TrainState,
+    batch: PyTree,
+    is_padding_example: Bool[Array, " physical"],
+    *,
+    mechanism: DPSGD,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    state_sharding: jax.sharding.Sharding | None = None,
+) -> tuple[TrainState, StepInfo]:
+    """One iteration: clip, sum, add noise once, update. Compiled once for each combination.
+
+    Args:
+      state: from `init_state` or the step before.
+      batch: pytree whose leaves have a leading axis ``physical``.
+      is_padding_example: bool[physical].
+      mechanism, optimizer: compiled in.
+      loss_fn: the function is compiled in; arrays that it reads beside the parameters belong into
+        a ``jax.tree_util.Partial``, which passes them as arguments.
+      state_sharding: where the new state lies. With several devices it must be where the old one
+        lay, or the next step compiles again for what XLA chose.
+
+    Guarantee:
+      Of the batch, only the noisy sum reaches the new parameters and optimizer state. An empty
+      batch (all padding) is a step too: its update is noise.
+    """
+    return _compiled_step(
+        state,
+        batch,
+        is_padding_example,
+        mechanism=mechanism,
+        loss_fn=jax.tree_util.Partial(loss_fn),
+        optimizer=optimizer,
+        state_sharding=state_sharding,
+    )
 
 
 def fit(
@@ -161,7 +182,7 @@ def fit(
     Args:
       state: from `init_state` or a checkpoint; the loop continues where it stands.
       mechanism: the frozen configuration; its sampler chooses the batches.
-      loss_fn: ``loss_fn(params, example) -> scalar`` for one example.
+      loss_fn: ``loss_fn(params, example) -> scalar`` for one example; see `train_step`.
       optimizer: the optax optimizer that `init_state` was given.
       dataset: has ``len``, ``take`` and ``fingerprint`` (`dpjax.data.Dataset`, `ArrayDataset`).
       sampler: default: ``mechanism.sampler(len(dataset), state.sampling_key)``. Another one is
@@ -217,6 +238,8 @@ def fit(
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     by_example = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     state = jax.device_put(state, replicated)
+    # Arrays that the loss reads beside the parameters, such as frozen weights, go along.
+    loss_fn = jax.device_put(jax.tree_util.Partial(loss_fn), replicated)
 
     end = mechanism.iterations
     if max_iterations is not None:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dpjax.models.decoder import DecoderConfig, apply
+from dpjax.models.config import DecoderConfig
+from dpjax.models.decoder import apply
 from dpjax.types import LossFn, PyTree
 
 
