@@ -2,9 +2,10 @@
 
 A vocabulary is chosen by counting strings. Counted over private records, a rare string (a name, a
 number) becomes a token that everybody with the tokenizer can read: a leak that no epsilon covers.
-So there are two tokenizers: bytes, which learn nothing, and BPE on text that is public.
+So there are bytes, which learn nothing, BPE on text that is public, and the tokenizers of public
+pretrained models (`hub_tokenizer`).
 
-The special ids (padding, begin, end) have no spelling: no record can contain one by writing it.
+No record can contain a special id (padding, begin, end) by writing its name.
 """
 
 from __future__ import annotations
@@ -131,6 +132,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             bos_id=int(content["bos_id"]),
             eos_id=int(content["eos_id"]),
             corpus=str(content["corpus"]),
+            stop_ids=tuple(map(int, content.get("stop_ids", ()))),
+            chat_template=content.get("chat_template"),
         )
     except FileNotFoundError:
         raise DpjaxError(f"no tokenizer file at {path}; write one with Tokenizer.save") from None
@@ -162,13 +165,15 @@ def _with_special_ids(backend: tokenizers.Tokenizer, corpus: str) -> Tokenizer:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A byte-level tokenizer with three special ids that no text can spell.
+    """A tokenizer with three special ids that no text can spell.
 
     Attributes:
       backend: the ``tokenizers.Tokenizer`` that does the work.
       pad_id, bos_id, eos_id: padding, begin and end of a record.
       corpus: what the vocabulary was learned from, for the privacy card: "none (bytes)" or
         "public".
+      stop_ids: further ids that end a text, where a pretrained model has several.
+      chat_template: a pretrained model's own, handed on when it is exported.
 
     Example:
       >>> tokenizer = byte_tokenizer()
@@ -181,6 +186,15 @@ class Tokenizer:
     bos_id: int
     eos_id: int
     corpus: str
+    stop_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        # The name of a special token, written in a record, is text like any other.
+        self.backend.encode_special_tokens = True
+        # A stored tokenizer may cut or pad by itself; examples are made elsewhere.
+        self.backend.no_truncation()
+        self.backend.no_padding()
 
     @property
     def vocabulary_size(self) -> int:
@@ -241,7 +255,7 @@ class Tokenizer:
                     f"token {number} is outside the vocabulary of {size}; decode with the"
                     " tokenizer that the model was trained with"
                 )
-        special = {self.pad_id, self.bos_id, self.eos_id}
+        special = {self.pad_id, self.bos_id, self.eos_id, *self.stop_ids}
         text = [number for number in numbers if number not in special]
         return self.backend.decode(text, skip_special_tokens=False)
 
@@ -256,6 +270,36 @@ class Tokenizer:
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         partial.write_text(json.dumps(self._content(), ensure_ascii=False), encoding="utf-8")
         os.replace(partial, path)
+
+    def save_for_hub(self, folder: str | os.PathLike[str]) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, as ``transformers`` reads them.
+
+        Special ids without a spelling get one there, and a begin token in front of every text.
+
+        Example:
+          >>> import tempfile
+          >>> byte_tokenizer().save_for_hub(tempfile.mkdtemp())
+        """
+        folder = Path(folder)
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        ids = {"pad_token": self.pad_id, "bos_token": self.bos_id, "eos_token": self.eos_id}
+        if backend.id_to_token(self.bos_id) is None:
+            names = [f"<|{name.removesuffix('_token')}|>" for name in ids]
+            backend.add_special_tokens([tokenizers.AddedToken(n, normalized=False) for n in names])
+            begin = names[1]
+            backend.post_processor = tokenizers.processors.TemplateProcessing(
+                single=f"{begin} $A", special_tokens=[(begin, self.bos_id)]
+            )
+        described: dict[str, object] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **{name: backend.id_to_token(number) for name, number in ids.items()},
+        }
+        if self.chat_template is not None:
+            described["chat_template"] = self.chat_template
+        backend.save(str(folder / "tokenizer.json"))
+        text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides ids: 64 hexadecimal digits.
@@ -275,6 +319,8 @@ class Tokenizer:
             "bos_id": self.bos_id,
             "eos_id": self.eos_id,
             "backend": json.loads(self.backend.to_str()),
+            **({"stop_ids": list(self.stop_ids)} if self.stop_ids else {}),
+            **({"chat_template": self.chat_template} if self.chat_template else {}),
         }
 
 
