@@ -4,24 +4,13 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import NamedTuple
 
 from dpjax.checkpoint import load_params, save_params
-from dpjax.data import Tokenizer, load_tokenizer
+from dpjax.data import load_tokenizer
 from dpjax.errors import DpjaxError
-from dpjax.models import DecoderConfig, abstract_params, config_from_dict
-from dpjax.types import PyTree
+from dpjax.models import Model, abstract_params, config_from_dict
 
 _CONFIG, _TOKENIZER, _PARAMS = "config.json", "tokenizer.json", "params"
-
-
-class Model(NamedTuple):
-    """A language model in memory."""
-
-    config: DecoderConfig
-    params: PyTree  # nested dicts of arrays
-    tokenizer: Tokenizer
-    pretraining: tuple[dict, ...] = ()  # what it saw before: name, public, overlap; for the card
 
 
 def save_model(folder: str | os.PathLike, model: Model) -> str:
