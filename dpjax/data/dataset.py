@@ -59,7 +59,7 @@ def _uniform_scores(ids: np.ndarray, seed: int, purpose: str) -> np.ndarray:
     return np.array([scores[value] for value in ids.tolist()], np.float64)
 
 
-def _checked_indices(indices: Any, size: int) -> np.ndarray:
+def checked_indices(indices: Any, size: int) -> np.ndarray:
     """``indices`` as an integer array, refused where numpy would wrap around or misread it."""
     checked = np.asarray(indices)
     if checked.size == 0:
@@ -78,7 +78,8 @@ def _checked_indices(indices: Any, size: int) -> np.ndarray:
     return checked
 
 
-def _read_only(array: np.ndarray) -> np.ndarray:
+def read_only(array: np.ndarray) -> np.ndarray:
+    """A view that refuses to be written."""
     view = array.view()
     view.setflags(write=False)
     return view
@@ -187,7 +188,7 @@ class Dataset:
             ("user_ids", user_ids.astype(np.int64, copy=False)),
             ("record_ids", record_ids.astype(np.int64, copy=False)),
         ):
-            object.__setattr__(self, label, _read_only(array))
+            object.__setattr__(self, label, read_only(array))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -220,7 +221,7 @@ class Dataset:
           >>> {name: array.shape for name, array in data.take([0, 0]).items()}
           {'tokens': (2, 2), 'loss_mask': (2, 2)}
         """
-        checked = _checked_indices(indices, len(self))
+        checked = checked_indices(indices, len(self))
         return {"tokens": self.tokens[checked], "loss_mask": self.loss_mask[checked]}
 
     def select(self, indices: Any) -> Dataset:
@@ -240,7 +241,7 @@ class Dataset:
           >>> data.select([1]).user_ids.tolist()
           [2]
         """
-        checked = _checked_indices(indices, len(self))
+        checked = checked_indices(indices, len(self))
         assert self.record_ids is not None  # set by __post_init__
         return dataclasses.replace(
             self,
@@ -455,7 +456,7 @@ class ArrayDataset:
     preprocessing: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        arrays = _map_leaves(lambda leaf: _read_only(np.asarray(leaf)), self.arrays)
+        arrays = _map_leaves(lambda leaf: read_only(np.asarray(leaf)), self.arrays)
         shapes = {path: leaf.shape for path, leaf in _leaves(arrays)}
         if not shapes or any(not shape for shape in shapes.values()):
             raise DpjaxError(f"arrays have shapes {shapes}; each needs a leading axis of examples")
@@ -482,7 +483,7 @@ class ArrayDataset:
           >>> ArrayDataset({"x": np.arange(4.0)}).take([3, 0])
           {'x': array([3., 0.])}
         """
-        checked = _checked_indices(indices, len(self))
+        checked = checked_indices(indices, len(self))
         return _map_leaves(lambda leaf: leaf[checked], self.arrays)
 
     def fingerprint(self) -> str:
