@@ -50,6 +50,20 @@ def save_model(folder: str | os.PathLike, model: Model) -> str:
     return written
 
 
+def is_model_folder(folder: str | os.PathLike) -> bool:
+    """Whether a folder has this format's description.
+
+    Example:
+      >>> is_model_folder("nowhere")
+      False
+    """
+    try:
+        described = json.loads((pathlib.Path(folder) / _CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(described, dict) and "decoder" in described
+
+
 def load_model(folder: str | os.PathLike) -> Model:
     """Reads a model folder.
 

@@ -185,7 +185,9 @@ class FeedForward(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         c, bias = config, config.ff_bias
         self.config = config
-        self.gate = Projection("gate", c.d_model, c.d_ff, c, rngs, bias=bias) if c.is_gated else None
+        self.gate = (
+            Projection("gate", c.d_model, c.d_ff, c, rngs, bias=bias) if c.is_gated else None
+        )
         self.up = Projection("up", c.d_model, c.d_ff, c, rngs, bias=bias)
         self.down = Projection(
             "down", c.d_ff, c.d_model, c, rngs, bias=bias, depth=2 * c.num_layers

@@ -241,7 +241,9 @@ def _tokenizer(facts: _Facts) -> Tokenizer:
         else:
             parts = [bytes_(add_prefix_space=False)]
     except Exception as error:
-        raise DpjaxError(f"{facts.path}: its tokenizer is broken ({error}); fetch it again") from None
+        raise DpjaxError(
+            f"{facts.path}: its tokenizer is broken ({error}); fetch it again"
+        ) from None
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(parts)
     if cut == "qwen2":
         backend.normalizer = tokenizers.normalizers.NFC()

@@ -40,15 +40,16 @@ def next_token_losses(
 
 @functools.lru_cache(maxsize=32)
 def language_model_loss(config: DecoderConfig, normalize_by: float | None = None) -> LossFn:
-    """``loss_fn(params, example) -> scalar`` for one tokenised record, in nats.
+    """``loss_fn(params, example) -> scalar`` for one tokenised record, or one person's, in nats.
 
-    The sum over unmasked tokens is divided by a public constant, by default the number of
-    positions that the record's shape predicts (time - 1). Dividing by the record's own count
+    An example's ``tokens`` and ``loss_mask`` are [time], or [rows, time] where one example is all
+    rows of a person (`dpjax.data.by_user`). The sum over unmasked tokens is divided by a public constant, by default the number of
+    positions that the example's shape predicts (rows times time - 1). Dividing by the record's own count
     would let a short record weigh each of its tokens more; dividing by the batch's count would
     couple the records.
 
     Args:
-      normalize_by: the constant; None is time - 1.
+      normalize_by: the constant; None is that number.
 
     Returns:
       The same function object for the same arguments, so that jit compiles it once.
@@ -64,8 +65,9 @@ def language_model_loss(config: DecoderConfig, normalize_by: float | None = None
     """
 
     def loss_fn(params: PyTree, example: dict[str, Any]) -> Float[Array, ""]:
-        losses, counts = next_token_losses(config, params, example)
-        constant = float(losses.shape[0]) if normalize_by is None else normalize_by
+        each = lambda row: next_token_losses(config, params, row)  # noqa: E731
+        losses, counts = (jax.vmap(each) if example["tokens"].ndim == 2 else each)(example)
+        constant = float(losses.size) if normalize_by is None else normalize_by
         # where, not times: a masked position must not pass on a NaN of its own.
         return jnp.sum(jnp.where(counts > 0, losses, 0.0)) / constant
 

@@ -248,7 +248,9 @@ def _load_folder(path: pathlib.Path, dtype: str, pretraining: tuple[dict, ...]) 
     tokenizer = hub_tokenizer(path, described)
     _check_tokenizer(tokenizer, config, path)
     names, read = open_tensors(path)
-    return Model(config, from_tensors(family, config, names, read, str(path)), tokenizer, pretraining)
+    return Model(
+        config, from_tensors(family, config, names, read, str(path)), tokenizer, pretraining
+    )
 
 
 def _check_tokenizer(tokenizer: Tokenizer, config: DecoderConfig, path: pathlib.Path) -> None:

@@ -1,6 +1,7 @@
 """What each subcommand does: the library's functions with progress on the terminal."""
 
 import contextlib
+import dataclasses
 import pathlib
 import time
 from typing import Any
@@ -9,15 +10,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dpjax.artifact import load_model
 from dpjax.errors import DpjaxError
 from dpjax.generation import generate
 from dpjax.ledger import Ledger
 from dpjax.mechanism import DPSGD
 from dpjax.models import count_parameters
-from dpjax.runs.config import Run, TrainConfig, create, fresh_key, open_run, reopen
+from dpjax.runs.config import TrainConfig, fresh_key
 from dpjax.runs.execute import execute
 from dpjax.runs.finish import Finished, finish, page_path, refresh
+from dpjax.runs.folder import Run, create, open_run, reopen
+from dpjax.runs.sources import open_model
 from dpjax.training import TrainState
 
 console = Console(highlight=False, soft_wrap=True)
@@ -49,8 +51,10 @@ def describe(run: Run) -> str:
     mechanism, size = run.mechanism, len(run.training)
     lines = [
         f"{size:,} training and {len(run.held_out):,} held-out examples of "
-        f"{run.training.sequence_length} tokens; the unit of privacy is one record",
-        f"{count_parameters(run.start.params):,} parameters; {mechanism.iterations} iterations of "
+        f"{run.training.sequence_length} tokens; the unit of privacy is one "
+        f"{'person' if run.config.unit == 'user' else 'record'}",
+        f"{count_parameters(run.start.params):,} parameters, "
+        f"{count_parameters(run.point.trainable):,} trained; {mechanism.iterations} iterations of "
         f"{mechanism.sampling_probability * size:g} examples on average ({mechanism.sampling})",
     ]
     if mechanism.is_private:
@@ -62,9 +66,43 @@ def describe(run: Run) -> str:
             f"{stated} at delta {delta:g}: noise multiplier {mechanism.noise_multiplier:.4f}, clip "
             f"norm {mechanism.l2_clip_norm:g}, {mechanism.relation.name.lower()}"
         )
+        lines += noise_advice(mechanism, count_parameters(run.point.trainable))
     else:
         lines.append("no noise: no formal guarantee, at no epsilon")
     return "\n".join(lines)
+
+
+def noise_advice(mechanism: DPSGD, trained: int) -> list[str]:
+    """How much noise the updates will hold, and whether a larger batch would pay.
+
+    For a given model and number of iterations, the loss under DP-SGD depends on noise and batch
+    through their ratio (McKenna et al., 2025). Where the noise multiplier hardly grows with the
+    batch, a larger batch is the cheapest way to a better model.
+
+    Example:
+      >>> mechanism = DPSGD(1.0, 0.01, 100, target_epsilon=8.0, target_delta=1e-5, population=5000)
+      >>> for line in noise_advice(mechanism, 10_000):
+      ...     print(line)
+      noise-batch ratio 0.01043: the noise of one update has 1.04 times the clip norm
+      advice: twice the batch at the same budget would cut the ratio by 41%; try 100 a batch
+    """
+    batch = mechanism.expected_batch_size
+    ratio = (mechanism.noise_multiplier or 0.0) / batch
+    lines = [
+        f"noise-batch ratio {ratio:.4g}: the noise of one update has "
+        f"{ratio * trained**0.5:.3g} times the clip norm"
+    ]
+    twice = 2 * mechanism.sampling_probability
+    by_target = mechanism.target_epsilon is not None
+    if by_target and twice < 0.5 and mechanism.truncated_batch_size is None:
+        larger = dataclasses.replace(mechanism, sampling_probability=twice, noise_multiplier=None)
+        saved = 1 - (larger.noise_multiplier or 0.0) / larger.expected_batch_size / ratio
+        if saved > 0.25:
+            lines.append(
+                f"advice: twice the batch at the same budget would cut the ratio by {saved:.0%}; "
+                f"try {larger.expected_batch_size:.0f} a batch"
+            )
+    return lines
 
 
 def drive(run: Run, ledger: Ledger, label: str, *, quiet: bool = False) -> TrainState:
@@ -131,8 +169,7 @@ def generate_text(
     folder: str, prompt: str, num_samples: int, seed: int | None, **settings: Any
 ) -> None:
     """`dpjax generate`: samples from a model folder, or from the one in a run folder."""
-    path = pathlib.Path(folder)
-    model = load_model(path / "model" if (path / "run.json").exists() else path)
+    model = open_model(folder)
     if num_samples < 1:
         raise DpjaxError(f"num_samples is {num_samples}; use at least 1")
     start = [model.tokenizer.bos_id, *model.tokenizer.encode(prompt)]

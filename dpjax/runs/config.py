@@ -1,19 +1,6 @@
-"""A training run on disk: one folder with its plan, ledger, checkpoints, model, card and report.
-
-run.json           the configuration and facts to compare on resume (public)
-ledger.jsonl       every release, hash-chained (public)
-checkpoints/       state with the noise key: secret, for resuming only
-metrics.jsonl      training losses: private, not covered by epsilon
-model/             the parameters to release
-card.json, report.html
-"""
+"""What a training run is asked to do: one frozen configuration, and the parts made from it."""
 
 import dataclasses
-import hashlib
-import importlib.metadata
-import json
-import os
-import pathlib
 import secrets
 from typing import Any, Literal
 
@@ -24,25 +11,14 @@ import optax
 
 from dpjax import accounting
 from dpjax.adaptive import AdaptiveClipping
-from dpjax.artifact import Model, load_model
-from dpjax.data import (
-    Dataset,
-    Record,
-    Tokenizer,
-    byte_tokenizer,
-    chitchat,
-    dataset_from_records,
-    load_tokenizer,
-    records_from,
-    shakespeare,
-    train_bpe,
-)
 from dpjax.errors import DpjaxError
 from dpjax.mechanism import DPSGD, Sampling
-from dpjax.models import decoder_config, init_params
-from dpjax.report.files import write_whole
+from dpjax.models import LoRA, Tuning, is_pretrained_source
 
-_PRESETS = ("nano", "mini", "small", "gpt2")
+PRESETS = ("nano", "mini", "small", "gpt2")
+# Peak learning rates that trained well under noise without tuning; see experiments/dp_lora_chitchat.
+_LEARNING_RATES = {"full": 2e-3, "lora": 2e-3, "last_layers": 5e-4, "bias": 5e-3}
+_PRETRAINED_FULL = 2e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +47,32 @@ class TrainConfig:
     max_examples_per_user: int | None = None
     """Bound on one person's records; more are dropped."""
 
+    label_field: str | None = None
+    """Field with the label: the model then learns to write records of a label (see labels)."""
+    labels: tuple[str, ...] = ()
+    """Every label there may be. You name them: a list read from the records would be a release."""
+    prompt: str = "{label}: "
+    """What stands in front of a labelled record and is not predicted."""
+    unit: Literal["record", "user"] = "record"
+    """What one gradient, and so the guarantee, is for: one record, or all records of one person
+    (at most --max-examples-per-user rows of them)."""
+    pack: bool = False
+    """With --unit user: join a person's records into full rows instead of padding each."""
+
     model: str = "nano"
-    """"nano" (0.7M parameters), "mini" (5M), "small" (30M) or "gpt2" (124M shape) from scratch, or
-    a model folder to start from."""
+    """From scratch: "nano" (0.7M parameters), "mini" (5M), "small" (30M) or "gpt2" (124M shape).
+    Pretrained: "smollm2" (135M), a Hugging Face folder or hub id, a .gguf file, a model folder."""
+    tuning: Literal["auto"] | Tuning = "auto"
+    """What is trained: all ("full"), low-rank adapters ("lora"), the last layers, or biases.
+    "auto" is lora for a pretrained model, else full."""
+    lora: LoRA = dataclasses.field(default_factory=LoRA)
+    """Low-rank adapters, for --tuning lora."""
+    last_layers: int = 2
+    """How many, for --tuning last_layers."""
+    remat: bool = False
+    """Recompute layers in the backward pass: less memory, a third more time."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of activations; parameters, norms and noise stay float32."""
 
     target_epsilon: float | None = 8.0
     """Privacy budget in nats; None with --noise-multiplier."""
@@ -107,8 +106,9 @@ class TrainConfig:
     """Records differentiated at once; memory follows this."""
     optimizer: Literal["adam", "sgd"] = "adam"
     """optax optimizer behind the noise."""
-    learning_rate: float = 2e-3
-    """Peak; warms up over the first tenth, then falls to a tenth by a cosine."""
+    learning_rate: float | None = None
+    """Peak; warms up over the first tenth, then falls to a tenth by a cosine. Default: by --tuning,
+    e.g. 2e-3."""
     weight_decay: float = 0.0
     """For adam."""
 
@@ -121,6 +121,50 @@ class TrainConfig:
     """One line for the privacy card."""
 
 
+def train_config_from_dict(described: dict[str, Any]) -> TrainConfig:
+    """Reverses ``dataclasses.asdict``, also after JSON.
+
+    Raises:
+      TypeError: unknown or missing fields.
+
+    Example:
+      >>> config = TrainConfig(data="notes.jsonl", lora=LoRA(4))
+      >>> train_config_from_dict(dataclasses.asdict(config)) == config
+      True
+    """
+    fields = dict(described)
+    fields["lora"] = LoRA(**fields["lora"])
+    fields["labels"] = tuple(fields["labels"])
+    return TrainConfig(**fields)
+
+
+def tuning_of(config: TrainConfig) -> Tuning:
+    """What is trained, with "auto" decided.
+
+    Example:
+      >>> tuning_of(TrainConfig(data="x", model="smollm2")), tuning_of(TrainConfig(data="x"))
+      ('lora', 'full')
+    """
+    if config.tuning != "auto":
+        return config.tuning
+    return "lora" if is_pretrained(config) else "full"
+
+
+def is_pretrained(config: TrainConfig) -> bool:
+    """Whether the model comes from elsewhere, in another format than our model folders."""
+    return config.model not in PRESETS and is_pretrained_source(config.model)
+
+
+def peak_learning_rate(config: TrainConfig) -> float:
+    """The configured one, or the default for what is trained."""
+    if config.learning_rate is not None:
+        return config.learning_rate
+    tuning = tuning_of(config)
+    return (
+        _PRETRAINED_FULL if tuning == "full" and is_pretrained(config) else _LEARNING_RATES[tuning]
+    )
+
+
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """The optax optimizer a configuration asks for.
 
@@ -128,15 +172,16 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
       >>> callable(make_optimizer(TrainConfig(data="notes.jsonl")).update)
       True
     """
-    if not config.learning_rate > 0:
-        raise DpjaxError(f"learning_rate is {config.learning_rate}; it must be positive, e.g. 2e-3")
+    peak = peak_learning_rate(config)
+    if not peak > 0:
+        raise DpjaxError(f"learning_rate is {peak}; it must be positive, e.g. 2e-3")
     warmup = max(1, config.iterations // 10)
     schedule = optax.warmup_cosine_decay_schedule(
-        0.1 * config.learning_rate,
-        config.learning_rate,
+        0.1 * peak,
+        peak,
         warmup,
         max(config.iterations, warmup + 1),
-        0.1 * config.learning_rate,
+        0.1 * peak,
     )
     if config.optimizer == "sgd":
         return optax.sgd(schedule, momentum=0.9)
@@ -197,93 +242,6 @@ def default_delta(population: int) -> float:
     return float(f"{np.floor(exact / 10**exponent * 10) / 10}e{exponent}")
 
 
-def public_bpe(vocabulary_size: int = 1024) -> Tokenizer:
-    """Byte-level BPE trained on the bundled Shakespeare plays, which are public."""
-    texts = [record.text for record in shakespeare()]
-    return train_bpe(texts, vocabulary_size, tokenizer_corpus="public")
-
-
-def public_plays() -> list[Record]:
-    """Shakespeare in records of about 64 tokens: consecutive speeches of a play, joined.
-
-    Example:
-      >>> records = public_plays()
-      >>> len(records) > 10_000, len(records[0].text) > 200
-      (True, True)
-    """
-    joined: list[Record] = []
-    current, current_play = "", ""
-    for speech in shakespeare():
-        play = (speech.user or "").partition("/")[0]
-        if current and (play != current_play or len(current) > 230):
-            joined.append(Record(current, current_play))
-            current = ""
-        current_play = play
-        current += ("\n" if current else "") + speech.text
-    return [*joined, Record(current, current_play)]
-
-
-_BUNDLED = {"chitchat": chitchat, "shakespeare": public_plays}
-
-
-def read_records(config: TrainConfig, source: str) -> list[Record]:
-    """Records of a file, folder, hub id or bundled source."""
-    if source in _BUNDLED:
-        return _BUNDLED[source]()
-    return records_from(source, config.text_field, config.user_field)
-
-
-def starting_model(config: TrainConfig, key: jax.Array) -> Model:
-    """The model before training: fresh parameters of a preset, or a model folder's."""
-    chosen = config.tokenizer
-    if config.model not in _PRESETS:
-        if not pathlib.Path(config.model).exists():
-            raise DpjaxError(
-                f"model {config.model!r} is neither a preset ({', '.join(_PRESETS)}) nor a folder"
-            )
-        start = load_model(config.model)
-        if chosen != "auto":
-            raise DpjaxError(
-                f"tokenizer is {chosen!r}, but {config.model} brings its own; leave it at 'auto'"
-            )
-        return start
-    if chosen in ("auto", "bytes"):
-        tokenizer = byte_tokenizer()
-    elif chosen == "shakespeare":
-        tokenizer = public_bpe()
-    else:
-        tokenizer = load_tokenizer(chosen)
-    shape = decoder_config(config.model, tokenizer.vocabulary_size)  # type: ignore[arg-type]
-    return Model(shape, init_params(shape, key), tokenizer)
-
-
-def make_datasets(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Dataset, Dataset]:
-    """Training and held-out examples; nobody is in both (with ``held_out``)."""
-
-    def read(source: str) -> Dataset:
-        records = read_records(config, source)
-        name = pathlib.Path(source).name
-        return dataset_from_records(records, tokenizer, config.sequence_length, name=name)
-
-    training = read(config.data)
-    if config.held_out_data is not None:
-        held_out = read(config.held_out_data)
-    elif 0 < config.held_out < 1:
-        # The split depends on public things alone, so it is the same for every trial.
-        training, held_out = training.split(config.held_out, seed=0)
-    else:
-        raise DpjaxError(f"held_out is {config.held_out}; it must be a share in (0, 1), e.g. 0.1")
-    if config.max_examples_per_user is not None:
-        training = training.bound_contributions(config.max_examples_per_user, seed=0)
-    for name, part in (("training", training), ("held-out", held_out)):
-        if len(part) == 0:
-            raise DpjaxError(
-                f"the {name} part of {config.data} has no records; give more records or another "
-                "--held-out share"
-            )
-    return training, held_out
-
-
 def fresh_key(seed: int | None) -> jax.Array:
     """A key from the seed, or from the operating system's entropy.
 
@@ -295,135 +253,3 @@ def fresh_key(seed: int | None) -> jax.Array:
         return jax.random.key(seed)
     words = np.frombuffer(secrets.token_bytes(8), np.uint32)
     return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Everything that one training run needs, made by `open_run`."""
-
-    folder: pathlib.Path
-    config: TrainConfig
-    start: Model
-    mechanism: DPSGD
-    optimizer: optax.GradientTransformation
-    training: Dataset
-    held_out: Dataset
-    facts: dict[str, Any]
-    identifier: str
-
-    @property
-    def config_sha256(self) -> str:
-        """Of the configuration, without where its output goes."""
-        public = {k: v for k, v in self.facts["config"].items() if k != "output"}
-        return hashlib.sha256(json.dumps(public, sort_keys=True).encode()).hexdigest()
-
-    @property
-    def start_is_preset(self) -> bool:
-        return self.config.model in _PRESETS
-
-    @property
-    def delta(self) -> float:
-        """The delta that this run's epsilon is stated at."""
-        stated = self.config.target_delta
-        return default_delta(len(self.training)) if stated is None else stated
-
-    @property
-    def ledger_path(self) -> pathlib.Path:
-        return pathlib.Path(self.config.ledger or self.folder / "ledger.jsonl")
-
-
-def _facts(config: TrainConfig, start: Model, training: Dataset) -> dict[str, Any]:
-    """What a resumed run must find unchanged; nothing in it depends on noise or keys."""
-    return {
-        "config": dataclasses.asdict(config),
-        "data_sha256": training.fingerprint(),
-        "tokenizer_sha256": start.tokenizer.fingerprint(),
-        "versions": {name: importlib.metadata.version(name) for name in ("dpjax", "jax", "optax")},
-        "platform": jax.default_backend(),
-    }
-
-
-def open_run(config: TrainConfig, folder: pathlib.Path) -> Run:
-    """Reads the data, makes the model and calibrates the noise; writes nothing."""
-    if config.checkpoint_every < 1:
-        raise DpjaxError(f"checkpoint_every is {config.checkpoint_every}; use at least 1")
-    key = jax.random.fold_in(fresh_key(0 if config.seed is None else config.seed), 1)
-    start = starting_model(config, key)
-    training, held_out = make_datasets(config, start.tokenizer)
-    training.validate(start.config.vocabulary_size)
-    held_out.validate(start.config.vocabulary_size)
-    return Run(
-        folder,
-        config,
-        start,
-        make_mechanism(config, len(training)),
-        make_optimizer(config),
-        training,
-        held_out,
-        _facts(config, start, training),
-        secrets.token_hex(8),
-    )
-
-
-def create(run: Run) -> None:
-    """Claims the run folder and writes the plan."""
-    if (run.folder / "run.json").exists():
-        raise DpjaxError(
-            f"{run.folder} already holds a run; continue it with `dpjax resume {run.folder}` or "
-            "choose another --output"
-        )
-    write_json(run.folder / "run.json", {**run.facts, "identifier": run.identifier})
-
-
-def reopen(folder: str | os.PathLike) -> Run:
-    """The run that a folder holds, refused if data, configuration or software changed."""
-    path = pathlib.Path(folder)
-    saved = read_json(path / "run.json", f"{path} holds no run; start one with `dpjax train`")
-    try:
-        config = TrainConfig(**saved["config"])
-        identifier = saved["identifier"]
-    except (TypeError, KeyError) as error:
-        raise DpjaxError(f"{path / 'run.json'} is corrupt ({error}); restore the file") from None
-    run = dataclasses.replace(open_run(config, path), identifier=identifier)
-    refuse_changes(saved, run.facts, path)
-    return run
-
-
-def refuse_changes(saved: dict[str, Any], now: dict[str, Any], where: pathlib.Path) -> None:
-    """Names the first fact that differs between a saved run and this one."""
-    before, after = _flat(saved), _flat(now)
-    for name, value in after.items():
-        if before.get(name) != value:
-            raise DpjaxError(
-                f"{where} cannot be resumed: {name} was {before.get(name)!r} and is now {value!r}; "
-                "a resumed run must repeat the recorded releases exactly: restore it, or start a "
-                "new run"
-            )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-    """Writes a JSON object, whole or not at all."""
-    write_whole(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-
-
-def read_json(path: pathlib.Path, missing: str) -> dict[str, Any]:
-    """A JSON object from disk, or one line saying what is wrong."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DpjaxError(missing) from None
-    except (OSError, ValueError) as error:
-        raise DpjaxError(f"{path} is corrupt ({error}); restore the file") from None
-    if not isinstance(value, dict):
-        raise DpjaxError(f"{path} is corrupt (not an object); restore the file")
-    return value

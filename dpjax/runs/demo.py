@@ -11,7 +11,7 @@ from typing import Literal
 from rich.markup import escape
 from rich.table import Table
 
-from dpjax.artifact import Model, load_model
+from dpjax.artifact import load_model
 from dpjax.auditing import completes_secrets
 from dpjax.data import (
     PlantedPII,
@@ -24,10 +24,12 @@ from dpjax.data import (
 from dpjax.errors import DpjaxError
 from dpjax.generation import generate
 from dpjax.ledger import Ledger
+from dpjax.models import Model
 from dpjax.report import Sample, TableData
 from dpjax.runs.commands import console, describe, drive
-from dpjax.runs.config import TrainConfig, create, fresh_key, open_run
+from dpjax.runs.config import TrainConfig, fresh_key
 from dpjax.runs.finish import Extras, Finished, finish, page_path, write_page
+from dpjax.runs.folder import create, open_run
 
 
 @dataclasses.dataclass(frozen=True)

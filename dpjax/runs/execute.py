@@ -11,8 +11,9 @@ import numpy as np
 from dpjax.checkpoint import Checkpointer
 from dpjax.errors import DpjaxError
 from dpjax.ledger import Ledger, affordable_iterations
-from dpjax.models import language_model_loss
-from dpjax.runs.config import Run, fresh_key, refuse_changes
+from dpjax.models import tuned_loss
+from dpjax.runs.config import fresh_key
+from dpjax.runs.folder import Run, refuse_changes
 from dpjax.training import TrainState, fit, init_state
 
 
@@ -42,7 +43,7 @@ def execute(run: Run, ledger: Ledger) -> Iterator[Progress]:
       One `Progress` per iteration.
     """
     config, mechanism = run.config, run.mechanism
-    state = init_state(mechanism, run.start.params, run.optimizer, fresh_key(config.seed))
+    state = init_state(mechanism, run.point.trainable, run.optimizer, fresh_key(config.seed))
     number = find_run(ledger, run.identifier)
     with Checkpointer(run.folder / "checkpoints") as checkpointer:
         if checkpointer.latest() is not None:
@@ -69,10 +70,11 @@ def execute(run: Run, ledger: Ledger) -> Iterator[Progress]:
                 mechanism.target_delta,
             )
         metrics = _Metrics(run.folder / "metrics.jsonl", int(state.iteration))
-        positions = run.training.sequence_length - 1
+        mask = run.training.loss_mask
+        positions = mask[0, ..., 1:].size
         # The loss is per position, padding included (a public constant); people read it per token.
-        per_token = positions * len(run.training) / max(1, run.training.loss_mask[:, 1:].sum())
-        loss_fn = language_model_loss(run.start.config)
+        per_token = positions * len(mask) / max(1, mask[..., 1:].sum())
+        loss_fn = tuned_loss(run.start.config, run.point.frozen)
         steps = fit(
             state,
             mechanism,

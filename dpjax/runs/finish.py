@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dpjax.artifact import Model, load_model, save_model
+from dpjax.artifact import load_model, save_model
 from dpjax.errors import DpjaxError
 from dpjax.evaluation import HeldOutLoss, held_out_loss
 from dpjax.ledger import Ledger
-from dpjax.models import count_parameters
+from dpjax.models import Model, combine, count_parameters
 from dpjax.report import CardInputs, Curve, Sample, TableData, build_card, write_card, write_report
-from dpjax.runs.config import Run, read_json, write_json
+from dpjax.runs.config import peak_learning_rate, tuning_of
 from dpjax.runs.execute import find_run, read_metrics
+from dpjax.runs.folder import Run, read_json, write_json
 from dpjax.training import TrainState
 
 
@@ -53,10 +54,12 @@ def finish(run: Run, ledger: Ledger, state: TrainState) -> Finished:
     """
     start = run.start
     pretraining = (*start.pretraining, _as_pretraining(run))
-    model = Model(start.config, state.params, start.tokenizer, pretraining)
+    params = combine(state.params, run.point.frozen)
+    model = Model(start.config, params, start.tokenizer, pretraining)
     sha256 = save_model(run.folder / "model", model)
-    before = held_out_loss(start.config, start.params, run.held_out)
-    after = held_out_loss(start.config, state.params, run.held_out)
+    batch = 64 if start.config.vocabulary_size < 5000 else 16
+    before = held_out_loss(start.config, start.params, run.held_out, batch)
+    after = held_out_loss(start.config, params, run.held_out, batch)
     # Numbers that a later `dpjax card` repeats.
     write_json(
         run.folder / "evaluation.json",
@@ -137,6 +140,17 @@ def held_out_curve(done: Finished) -> Curve:
     return Curve(done.training_curve.name, iterations, values, "held out")
 
 
+def _trained(run: Run) -> str:
+    """Which parameters training changed, in words."""
+    config, tuning = run.config, tuning_of(run.config)
+    if tuning == "lora":
+        lora = run.start.config.lora
+        assert lora is not None
+        return f"LoRA of rank {lora.rank} (scaling {lora.scaling:g}) on {', '.join(lora.targets)}"
+    words = {"last_layers": f"the last {config.last_layers} layers", "bias": "biases"}
+    return words.get(tuning, "all")
+
+
 def card_inputs(
     run: Run, ledger: Ledger, sha256: str, before: HeldOutLoss, after: HeldOutLoss
 ) -> CardInputs:
@@ -146,6 +160,8 @@ def card_inputs(
     if number is None:
         raise DpjaxError(f"{run.folder} is not in ledger {run.ledger_path}; train it first")
     parameters = count_parameters(run.start.params)
+    trained = count_parameters(run.point.trainable)
+    source = "" if run.start_is_preset else f"{pathlib.Path(config.model).name}: "
 
     def utility(name: str, loss: HeldOutLoss) -> dict[str, Any]:
         return {
@@ -166,9 +182,14 @@ def card_inputs(
         ledger=ledger,
         run=number,
         delta=run.delta,
-        unit=f"one record of at most {training.sequence_length} tokens",
+        unit=(
+            f"one person with at most {config.max_examples_per_user} rows of "
+            f"{training.sequence_length} tokens"
+            if config.unit == "user"
+            else f"one record of at most {training.sequence_length} tokens"
+        ),
         # The bound that was enforced; the largest count found would be a fact about one person.
-        max_units_per_person=config.max_examples_per_user,
+        max_units_per_person=1 if config.unit == "user" else config.max_examples_per_user,
         dataset_name=training.name,
         dataset_size=len(training),
         dataset_size_is_public=True,  # the sampling probability and normaliser reveal it
@@ -180,15 +201,18 @@ def card_inputs(
             else "none"
         ),
         pretraining=run.start.pretraining,
-        model_name=f"decoder with {parameters:,} parameters",
+        model_name=f"{source}decoder with {parameters:,} parameters, trained: {_trained(run)}",
         num_parameters=parameters,
-        num_trained_parameters=parameters,
-        optimizer=f"{config.optimizer}, peak learning rate {config.learning_rate:g}",
+        num_trained_parameters=trained,
+        optimizer=f"{config.optimizer}, peak learning rate {peak_learning_rate(config):g}",
         artifact_sha256=sha256,
         released=("final weights (the model folder)",),
         intended_use=config.intended_use,
         published_key=config.seed is not None,
-        precision=f"{run.start.config.dtype} parameters; float32 norms, sum and noise",
+        precision=(
+            f"{run.start.config.dtype} parameters, {run.start.config.activation_dtype} activations; "
+            "float32 norms, sum and noise"
+        ),
         devices=(f"{devices[0].platform} x {len(devices)}",),
         config_sha256=run.config_sha256,
         not_covered=(

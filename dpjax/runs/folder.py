@@ -1,0 +1,184 @@
+"""A training run on disk: one folder with its plan, ledger, checkpoints, model, card and report.
+
+run.json           the configuration and facts to compare on resume (public)
+ledger.jsonl       every release, hash-chained (public)
+checkpoints/       state with the noise key: secret, for resuming only
+metrics.jsonl      training losses: private, not covered by epsilon
+model/             the parameters to release
+card.json, report.html
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import secrets
+from typing import Any
+
+import jax
+import optax
+
+from dpjax.checkpoint import digest
+from dpjax.data import Dataset, UserDataset
+from dpjax.errors import DpjaxError
+from dpjax.mechanism import DPSGD
+from dpjax.models import Model
+from dpjax.report.files import write_whole
+from dpjax.runs.config import (
+    PRESETS,
+    TrainConfig,
+    default_delta,
+    fresh_key,
+    make_mechanism,
+    make_optimizer,
+    train_config_from_dict,
+)
+from dpjax.runs.sources import Start, make_datasets, starting_point
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that one training run needs, made by `open_run`."""
+
+    folder: pathlib.Path
+    config: TrainConfig
+    point: Start
+    mechanism: DPSGD
+    optimizer: optax.GradientTransformation
+    training: Dataset | UserDataset
+    held_out: Dataset
+    facts: dict[str, Any]
+    identifier: str
+
+    @property
+    def start(self) -> Model:
+        """The whole model before training."""
+        return self.point.model
+
+    @property
+    def config_sha256(self) -> str:
+        """Of the configuration, without where its output goes."""
+        public = {k: v for k, v in self.facts["config"].items() if k != "output"}
+        return hashlib.sha256(json.dumps(public, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def start_is_preset(self) -> bool:
+        return self.config.model in PRESETS
+
+    @property
+    def delta(self) -> float:
+        """The delta that this run's epsilon is stated at."""
+        stated = self.config.target_delta
+        return default_delta(len(self.training)) if stated is None else stated
+
+    @property
+    def ledger_path(self) -> pathlib.Path:
+        return pathlib.Path(self.config.ledger or self.folder / "ledger.jsonl")
+
+
+def _facts(config: TrainConfig, start: Start, training: Dataset | UserDataset) -> dict[str, Any]:
+    """What a resumed run must find unchanged; nothing in it depends on noise or keys."""
+    facts = {
+        "config": dataclasses.asdict(config),
+        "data_sha256": training.fingerprint(),
+        "tokenizer_sha256": start.model.tokenizer.fingerprint(),
+        "frozen_sha256": digest(start.frozen) if jax.tree.leaves(start.frozen) else None,
+        "versions": {name: importlib.metadata.version(name) for name in ("dpjax", "jax", "optax")},
+        "platform": jax.default_backend(),
+    }
+    # As a file would give them back: tuples are lists there.
+    return json.loads(json.dumps(facts))
+
+
+def open_run(config: TrainConfig, folder: pathlib.Path) -> Run:
+    """Reads the data, makes the model and calibrates the noise; writes nothing."""
+    if config.checkpoint_every < 1:
+        raise DpjaxError(f"checkpoint_every is {config.checkpoint_every}; use at least 1")
+    # Public randomness: where parameters begin must not need the secret key.
+    point = starting_point(config, fresh_key(0 if config.seed is None else config.seed))
+    start = point.model
+    training, held_out = make_datasets(config, start.tokenizer)
+    training.validate(start.config.vocabulary_size)
+    held_out.validate(start.config.vocabulary_size)
+    longest = start.config.max_positions
+    if start.config.positions == "learned" and config.sequence_length > longest:
+        raise DpjaxError(
+            f"sequence_length is {config.sequence_length}; the model has positions for {longest}"
+        )
+    return Run(
+        folder,
+        config,
+        point,
+        make_mechanism(config, len(training)),
+        make_optimizer(config),
+        training,
+        held_out,
+        _facts(config, point, training),
+        secrets.token_hex(8),
+    )
+
+
+def create(run: Run) -> None:
+    """Claims the run folder and writes the plan."""
+    if (run.folder / "run.json").exists():
+        raise DpjaxError(
+            f"{run.folder} already holds a run; continue it with `dpjax resume {run.folder}` or "
+            "choose another --output"
+        )
+    write_json(run.folder / "run.json", {**run.facts, "identifier": run.identifier})
+
+
+def reopen(folder: str | os.PathLike) -> Run:
+    """The run that a folder holds, refused if data, configuration or software changed."""
+    path = pathlib.Path(folder)
+    saved = read_json(path / "run.json", f"{path} holds no run; start one with `dpjax train`")
+    try:
+        config = train_config_from_dict(saved["config"])
+        identifier = saved["identifier"]
+    except (TypeError, KeyError) as error:
+        raise DpjaxError(f"{path / 'run.json'} is corrupt ({error}); restore the file") from None
+    run = dataclasses.replace(open_run(config, path), identifier=identifier)
+    refuse_changes(saved, run.facts, path)
+    return run
+
+
+def refuse_changes(saved: dict[str, Any], now: dict[str, Any], where: pathlib.Path) -> None:
+    """Names the first fact that differs between a saved run and this one."""
+    before, after = _flat(saved), _flat(now)
+    for name, value in after.items():
+        if before.get(name) != value:
+            raise DpjaxError(
+                f"{where} cannot be resumed: {name} was {before.get(name)!r} and is now {value!r}; "
+                "a resumed run must repeat the recorded releases exactly: restore it, or start a "
+                "new run"
+            )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+    """Writes a JSON object, whole or not at all."""
+    write_whole(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_json(path: pathlib.Path, missing: str) -> dict[str, Any]:
+    """A JSON object from disk, or one line saying what is wrong."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DpjaxError(missing) from None
+    except (OSError, ValueError) as error:
+        raise DpjaxError(f"{path} is corrupt ({error}); restore the file") from None
+    if not isinstance(value, dict):
+        raise DpjaxError(f"{path} is corrupt (not an object); restore the file")
+    return value
