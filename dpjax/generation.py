@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,9 @@ class _Decoding(NamedTuple):
     is_done: Bool[Array, " batch"]
 
 
-def _next_logits(config, params, tokens, caches, start, read, length):
+def _next_logits(
+    config, params, tokens, caches, start, read, length
+) -> tuple[Array, list[Cache] | None]:
     """Logits after token ``read`` of ``tokens``, which stand at ``start``, from cache or anew."""
     if caches is None:
         return apply(config, params, tokens)[length - 1], None
@@ -82,9 +84,9 @@ def _begin(config, params, prompts, lengths, *, new_tokens, use_cache) -> _Decod
         seen = prompt if use_cache else buffer
         return _next_logits(config, params, seen, caches, 0, length - 1, length)
 
-    logits, caches = jax.vmap(one)(prompts, tokens, lengths)
+    first: tuple[Any, Any] = jax.vmap(one)(prompts, tokens, lengths)
     nothing = jnp.zeros((), jnp.int32)
-    return _Decoding(tokens, lengths, logits, caches, nothing, jnp.zeros(batch, bool))
+    return _Decoding(tokens, lengths, *first, nothing, jnp.zeros(batch, bool))
 
 
 @functools.partial(

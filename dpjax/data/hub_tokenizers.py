@@ -1,4 +1,4 @@
-"""Tokenizers of pretrained models: their own file, with begin, end and padding found for training."""
+"""Tokenizers of pretrained models, with begin, end and padding found for training."""
 
 from __future__ import annotations
 

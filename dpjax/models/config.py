@@ -25,7 +25,7 @@ class LoRA:
     alpha: float | None = None
     """Adapters are scaled by alpha / rank (default: twice the rank)."""
     targets: tuple[Target, ...] = ALL_TARGETS
-    """Which projections get one: query, key, value, out (attention), gate, up, down (feed-forward)."""
+    """Which projections get one: query, key, value, out, gate, up, down."""
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(self.targets))
@@ -154,8 +154,8 @@ class DecoderConfig:
             )
         if self.positions == "rope" and self.head_width % 2:
             raise DpjaxError(
-                f"d_model is {self.d_model} with {self.num_heads} heads of {self.head_width}; rotary"
-                " positions need an even width"
+                f"d_model is {self.d_model} with {self.num_heads} heads of {self.head_width}; "
+                "rotary positions need an even width"
             )
         object.__setattr__(self, "segments", tuple(self.segments))
         object.__setattr__(self, "local_layers", tuple(self.local_layers))

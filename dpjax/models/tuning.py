@@ -46,7 +46,7 @@ def add_lora(
     if config.lora is not None:
         raise DpjaxError("the model has adapters already; merge them first (merge_lora)")
     changed = dataclasses.replace(config, lora=lora)
-    present = {path: leaf for path, leaf in _leaves(params)}
+    present = dict(_leaves(params))
     key = require_key(key)
 
     def leaf(path, shape):

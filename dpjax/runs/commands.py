@@ -83,8 +83,8 @@ def noise_advice(mechanism: DPSGD, trained: int) -> list[str]:
       >>> mechanism = DPSGD(1.0, 0.01, 100, target_epsilon=8.0, target_delta=1e-5, population=5000)
       >>> for line in noise_advice(mechanism, 10_000):
       ...     print(line)
-      noise-batch ratio 0.01043: the noise of one update has 1.04 times the clip norm
-      advice: twice the batch at the same budget would cut the ratio by 41%; try 100 a batch
+      noise-batch ratio 0.01002: the noise of one update has 1 times the clip norm
+      advice: twice the batch at the same budget would cut the ratio by 43%; try 100 a batch
     """
     batch = mechanism.expected_batch_size
     ratio = (mechanism.noise_multiplier or 0.0) / batch

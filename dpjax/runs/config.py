@@ -16,7 +16,7 @@ from dpjax.mechanism import DPSGD, Sampling
 from dpjax.models import LoRA, Tuning, is_pretrained_source
 
 PRESETS = ("nano", "mini", "small", "gpt2")
-# Peak learning rates that trained well under noise without tuning; see experiments/dp_lora_chitchat.
+# Peak learning rates that trained well under noise; see experiments/dp_lora_chitchat.
 _LEARNING_RATES = {"full": 2e-3, "lora": 2e-3, "last_layers": 5e-4, "bias": 5e-3}
 _PRETRAINED_FULL = 2e-4
 

@@ -210,8 +210,8 @@ def card_inputs(
         intended_use=config.intended_use,
         published_key=config.seed is not None,
         precision=(
-            f"{run.start.config.dtype} parameters, {run.start.config.activation_dtype} activations; "
-            "float32 norms, sum and noise"
+            f"{run.start.config.dtype} parameters, {run.start.config.activation_dtype} "
+            "activations; float32 norms, sum and noise"
         ),
         devices=(f"{devices[0].platform} x {len(devices)}",),
         config_sha256=run.config_sha256,

@@ -159,7 +159,7 @@ def prompts_of(config: TrainConfig, records: list[Record]) -> list[str] | None:
     for index, record in enumerate(records):
         if record.label not in config.labels:
             raise DpjaxError(
-                f"record {index} has a label that is not among --labels; add it or remove the record"
+                f"record {index} has a label that is not among --labels; add it, or drop the record"
             )
     return [prompt_for(config, record.label) for record in records]
 
@@ -207,8 +207,8 @@ def make_datasets(
         return _people(config, training), held_out
     if config.pack:
         raise DpjaxError(
-            "pack joins one person's records; give --unit user with it (rows shared by people would "
-            "shift when one of them is removed)"
+            "pack joins one person's records; give --unit user with it (rows shared by people "
+            "would shift when one of them is removed)"
         )
     return training, held_out
 

@@ -1,7 +1,16 @@
 """Tiny random models of every architecture, built by `transformers` itself."""
 
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
 import torch
 import transformers as hf
+
+import dpjax.models
 
 COMMON = {
     "vocab_size": 97,
@@ -106,3 +115,44 @@ def random_model(name, seed=0, **changes):
 def logits_of(model, tokens):
     with torch.no_grad():
         return model(torch.tensor([list(tokens)])).logits[0].float().numpy()
+
+
+def write_tokenizer(folder, words=97):
+    """A vocabulary of whole words; padding, begin and end are its first three."""
+    names = ["<pad>", "<s>", "</s>", *(f"w{n}" for n in range(3, words - 1)), "<unk>"]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.add_special_tokens(names[:3])
+    folder = pathlib.Path(folder)
+    folder.mkdir(exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    described = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+
+
+def save_checkpoint(model, folder, **options):
+    """What `transformers` writes, with a tokenizer."""
+    model.save_pretrained(folder, **options)
+    write_tokenizer(folder, model.config.vocab_size)
+    return folder
+
+
+def load_exported(folder, dtype=torch.float32):
+    """The model that `transformers` reads there; every tensor must have its place."""
+    model, report = hf.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    return model.eval()
+
+
+def random_tokens(seed=0, count=40, vocabulary=97):
+    return np.random.default_rng(seed).integers(3, vocabulary, count).astype(np.int32)
+
+
+_apply = jax.jit(dpjax.models.apply, static_argnums=0)
+
+
+def our_logits(config, params, tokens):
+    return np.asarray(_apply(config, params, jnp.asarray(tokens)))

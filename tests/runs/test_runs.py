@@ -18,9 +18,10 @@ from dpjax.errors import DpjaxError
 from dpjax.ledger import Ledger
 from dpjax.models import DecoderConfig, init_params
 from dpjax.runs.commands import drive, resume, train
-from dpjax.runs.config import TrainConfig, create, default_delta, open_run, read_json, reopen
+from dpjax.runs.config import TrainConfig, default_delta
 from dpjax.runs.execute import execute
 from dpjax.runs.finish import finish
+from dpjax.runs.folder import create, open_run, read_json, reopen
 
 RECORDS = [
     {"text": f"note {i}: 病人 {i * 37 % 101} stable, pulse {60 + i % 40}", "patient": i // 2}
