@@ -5,13 +5,14 @@ import dataclasses
 import io
 import logging
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from dpjax.errors import DpjaxError
 from dpjax.runs.config import TrainConfig
 from dpjax.runs.demo import DemoConfig
+from dpjax.runs.synthesize import SynthesizeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +25,10 @@ class ResumeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """Write text with a model folder."""
+    """Write text with a model; one text appears as it is written."""
 
     model: tyro.conf.Positional[str]
-    """Model folder, or a run folder with one in it."""
+    """Model folder, a run folder with one in it, or a pretrained model as for `dpjax train`."""
     prompt: str = ""
     """Text to continue."""
     num_samples: int = 3
@@ -42,6 +43,36 @@ class GenerateConfig:
     """Keep the likeliest tokens that together have this probability."""
     seed: int | None = None
     """Default: fresh."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Write a model in Hugging Face's format, for transformers and vLLM."""
+
+    model: tyro.conf.Positional[str]
+    """Model folder, or a run folder with one in it."""
+    output: str
+    """Folder to write."""
+    adapter: bool = False
+    """Only the LoRA matrices, as a PEFT adapter (default: merged into the whole model)."""
+    base: str | None = None
+    """With --adapter: folder or hub id of the model that it goes with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordsConfig:
+    """Invent labelled records with personal data in them, to try things on: nobody is real."""
+
+    domain: Literal["medical", "financial", "support"]
+    """Clinical notes, complaints about a bank, or customer-service dialogues."""
+    output: str
+    """jsonl file to write: text, user, label, and where the personal data stands."""
+    num_records: int = 2000
+    """How many."""
+    locale: Literal["en_US", "zh_CN"] = "en_US"
+    """Language."""
+    seed: int = 0
+    """Equal seeds give equal records."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +131,9 @@ _COMMANDS = {
     "train": TrainConfig,
     "resume": ResumeConfig,
     "generate": GenerateConfig,
+    "synthesize": SynthesizeConfig,
+    "export": ExportConfig,
+    "records": RecordsConfig,
     "card": CardConfig,
     "epsilon": EpsilonConfig,
     "calibrate": CalibrateConfig,
@@ -164,6 +198,14 @@ def _run(config: object) -> None:
                 top_k=config.top_k,
                 top_p=config.top_p,
             )
+        case SynthesizeConfig():
+            from dpjax.runs.synthesize import synthesize
+
+            synthesize(config)
+        case ExportConfig():
+            commands.export(config.model, config.output, config.adapter, config.base)
+        case RecordsConfig():
+            commands.invent_records(**dataclasses.asdict(config))
         case CardConfig(run, public):
             commands.card(run, public)
         case EpsilonConfig() | CalibrateConfig():

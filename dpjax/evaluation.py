@@ -1,13 +1,15 @@
-"""Utility on held-out records: loss in nats per token, with its standard error."""
+"""Utility on held-out records: loss in nats per token, with its standard error; text features."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpjax.models import DecoderConfig, next_token_losses
+from dpjax.data import Record, Tokenizer, dataset_from_records
+from dpjax.models import DecoderConfig, hidden_states, next_token_losses
 from dpjax.types import PyTree, TrainingData
 
 
@@ -59,3 +61,51 @@ def held_out_loss(
     residual = total - mean * count
     error = np.sqrt(np.sum(residual**2)) / max(count.sum(), 1.0)
     return HeldOutLoss(float(mean), float(error), len(dataset), int(count.sum()))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _features(config, params, batch):
+    def one(tokens, mask):
+        states = hidden_states(config, params, tokens).astype(jnp.float32)
+        counted = mask.astype(jnp.float32)
+        total = jnp.einsum("td,t->d", states, counted)
+        return total / jnp.maximum(jnp.sum(counted), 1.0)
+
+    return jax.vmap(one)(batch["tokens"], batch["loss_mask"])
+
+
+def embed_texts(
+    config: DecoderConfig,
+    params: PyTree,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    sequence_length: int = 128,
+    batch_size: int = 32,
+) -> np.ndarray:
+    """A vector for each text: the mean of the model's last hidden states over its tokens.
+
+    Args:
+      config, params, tokenizer: a pretrained model; embed both sides of a comparison with one.
+      texts: any texts; what is beyond ``sequence_length`` tokens is cut.
+
+    Returns:
+      float32[N, d_model].
+
+    Example:
+      >>> from dpjax.data import byte_tokenizer
+      >>> from dpjax.models import decoder_config, init_params
+      >>> config = decoder_config("nano", byte_tokenizer().vocabulary_size)
+      >>> params = init_params(config, jax.random.key(0))
+      >>> embed_texts(config, params, byte_tokenizer(), ["hello", "hi"], 16).shape
+      (2, 128)
+    """
+    if not texts:
+        return np.zeros((0, config.d_model), np.float32)
+    data = dataset_from_records([Record(text) for text in texts], tokenizer, sequence_length)
+    rows = []
+    for start in range(0, len(data), batch_size):
+        wanted = np.arange(start, start + batch_size)
+        inside = wanted < len(data)
+        batch = data.take(np.where(inside, wanted, start))
+        rows.append(np.asarray(_features(config, params, batch))[inside])
+    return np.concatenate(rows)

@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dpjax.data import DOMAIN_LABELS, domain_records, write_domain_records
 from dpjax.errors import DpjaxError
-from dpjax.generation import generate
+from dpjax.generation import stream
 from dpjax.ledger import Ledger
 from dpjax.mechanism import DPSGD
-from dpjax.models import count_parameters
+from dpjax.models import count_parameters, save_pretrained
 from dpjax.runs.config import TrainConfig, fresh_key
 from dpjax.runs.execute import execute
 from dpjax.runs.finish import Finished, finish, page_path, refresh
@@ -23,6 +24,27 @@ from dpjax.runs.sources import open_model
 from dpjax.training import TrainState
 
 console = Console(highlight=False, soft_wrap=True)
+errors = Console(highlight=False, soft_wrap=True, stderr=True)
+
+
+def finished_run(config: TrainConfig) -> Finished:
+    """The finished run of a configuration: a new one, the rest of one, or one that is there."""
+    folder = pathlib.Path(config.output)
+    if (folder / "run.json").exists():
+        run = reopen(folder)
+        if run.config != config:
+            raise DpjaxError(
+                f"{folder} holds a run of another configuration; choose another --output, or give "
+                "the same options"
+            )
+    else:
+        run = open_run(config, folder)
+        create(run)
+    with Ledger.open(run.ledger_path) as ledger:
+        if (folder / "evaluation.json").exists():
+            return refresh(run, ledger)
+        console.print(describe(run))
+        return finish(run, ledger, drive(run, ledger, folder.name))
 
 
 def train(config: TrainConfig) -> None:
@@ -168,19 +190,66 @@ def summary(done: Finished) -> Table:
 def generate_text(
     folder: str, prompt: str, num_samples: int, seed: int | None, **settings: Any
 ) -> None:
-    """`dpjax generate`: samples from a model folder, or from the one in a run folder."""
+    """`dpjax generate`: samples from a model; a single text is shown while it is written."""
     model = open_model(folder)
     if num_samples < 1:
         raise DpjaxError(f"num_samples is {num_samples}; use at least 1")
-    start = [model.tokenizer.bos_id, *model.tokenizer.encode(prompt)]
-    stop = model.tokenizer.eos_id
-    texts = generate(
-        model.config, model.params, [start] * num_samples, fresh_key(seed), stop_token=stop,
+    tokenizer = model.tokenizer
+    start = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    steps = stream(
+        model.config,
+        model.params,
+        [start] * num_samples,
+        fresh_key(seed),
+        stop_token=(tokenizer.eos_id, *tokenizer.stop_ids),
         **settings,
-    )  # fmt: skip
-    for text in texts:
-        console.print(prompt + model.tokenizer.decode(text), markup=False)
-        console.print("---")
+    )
+    texts: list[list[int]] = [[] for _ in range(num_samples)]
+    shown = ""
+    clock, counted = None, 0
+    for step in steps:
+        for text, new in zip(texts, step, strict=True):
+            text += new
+        # The first step compiles; speed is counted from its end.
+        if clock is None:
+            clock = time.monotonic()
+        else:
+            counted += sum(map(len, step))
+        if num_samples == 1:
+            # A character may be spread over tokens: its beginning decodes to U+FFFD until then.
+            whole = (prompt + tokenizer.decode(texts[0])).rstrip("\ufffd")
+            console.print(whole[len(shown) :], end="", markup=False)
+            shown = whole
+    seconds = time.monotonic() - clock if clock is not None else 0.0
+    if num_samples == 1:
+        console.print()
+    else:
+        for text in texts:
+            console.print(prompt + tokenizer.decode(text), markup=False)
+            console.print("---")
+    if counted and seconds > 0:
+        errors.print(f"{counted / seconds:,.0f} tokens/s after compilation")
+
+
+def export(folder: str, output: str, adapter: bool, base: str | None) -> None:
+    """`dpjax export`: a model folder in Hugging Face's format."""
+    model = open_model(folder)
+    target = pathlib.Path(output)
+    if target.exists() and any(target.iterdir()):
+        raise DpjaxError(f"{target} is not empty; choose another --output")
+    save_pretrained(target, model, adapter=adapter, base=base)
+    kind = "PEFT adapter" if adapter else "model"
+    console.print(f"{kind} for transformers and vLLM: {target}")
+
+
+def invent_records(*, domain: str, output: str, num_records: int, locale: str, seed: int) -> None:
+    """`dpjax records`: invented labelled records as jsonl."""
+    records = domain_records(domain, num_records, seed=seed, locale=locale)
+    write_domain_records(output, records)
+    console.print(
+        f"{len(records):,} invented {domain} records ({locale}): {output}\n"
+        f"labels: {' '.join(DOMAIN_LABELS[domain])}"
+    )
 
 
 def card(folder: str, public: bool) -> None:
