@@ -12,6 +12,9 @@ import transformers as hf
 
 import dpjax.models
 
+# Threads that wait for each other on shared cores take ten times as long as one.
+torch.set_num_threads(1)
+
 COMMON = {
     "vocab_size": 97,
     "hidden_size": 32,
