@@ -23,7 +23,7 @@ from dpjax.ledger import Ledger
 from dpjax.models import Model
 from dpjax.report import build_card, write_card
 from dpjax.report.files import write_whole
-from dpjax.runs.commands import console
+from dpjax.runs.commands import console, finished_run
 from dpjax.runs.config import TrainConfig, fresh_key
 from dpjax.runs.finish import Finished, card_inputs
 from dpjax.runs.folder import Run

@@ -1,0 +1,256 @@
+"""Synthetic medical notes at epsilon 8: a classifier trained on them, and the secrets in them.
+
+    python experiments/dp_synthetic_records/run.py --preset cpu      # what results.json holds
+    python experiments/dp_synthetic_records/run.py --preset gpu      # SmolLM2-135M with LoRA
+    python experiments/dp_synthetic_records/run.py --preset smoke    # seconds
+
+Claim, hardware, duration and numbers: README.md. Three runs: public pretraining on invented records
+of two other domains, then fine-tuning on labelled medical notes with and without privacy. Training
+and sampling are those of `dpjax synthesize`.
+"""
+
+import dataclasses
+import json
+import pathlib
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import tyro
+
+from dpjax.data import (
+    DOMAIN_LABELS,
+    DomainRecord,
+    Record,
+    domain_records,
+    plant_pii,
+    train_bpe,
+)
+from dpjax.errors import DpjaxError
+from dpjax.models import LoRA
+from dpjax.quality import count_secrets, downstream_accuracy
+from dpjax.runs.commands import finished_run
+from dpjax.runs.config import TrainConfig
+from dpjax.runs.synthesize import SynthesizeConfig, synthesize
+
+HERE = pathlib.Path(__file__).resolve().parent
+LABELS = DOMAIN_LABELS["medical"]
+# Dates of birth and names come from small sets: a sample may hold one by chance.
+HIGH_ENTROPY = ("phone", "mrn", "id_number", "email", "address")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment. Everything in it is public."""
+
+    preset: Literal["cpu", "gpu", "smoke"] = "cpu"
+    """Model, records and batch sizes."""
+    target_epsilon: float = 8.0
+    """Nats; delta is n^-1.1."""
+    seed: int = 0
+    """Fixed, so that the numbers can be checked: the guarantee is for show."""
+    output: str = "runs/dp_synthetic_records"
+    """Folder for records and runs; finished runs in it are used as they are."""
+    results: str | None = None
+    """Where to write the numbers (default: results.json beside this script; smoke: nowhere)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What a preset means."""
+
+    model: str | None  # None: a nano decoder with public pretraining
+    records: int
+    held_out: int
+    samples: int
+    public: tuple[int, int]  # iterations, expected batch size
+    plain: tuple[int, int]
+    private: tuple[int, int]
+    planted: dict[int, int]  # times planted -> secrets
+    sequence_length: int
+    microbatch_size: int
+    learning_rate: float | None = None
+
+
+SCALES = {
+    "cpu": Scale(
+        None, 20_000, 2_000, 1_000, (500, 64), (400, 64), (80, 1024), {16: 8, 64: 8}, 112, 32, 4e-3
+    ),
+    "gpu": Scale(
+        "smollm2", 20_000, 2_000, 1_000, (0, 0), (300, 64), (300, 1024), {16: 8, 64: 8}, 144, 64
+    ),
+    "smoke": Scale(None, 300, 60, 20, (2, 16), (2, 16), (2, 64), {4: 2}, 48, 16, 4e-3),
+}
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Trains, samples and counts; returns what was measured."""
+    scale, folder = SCALES[config.preset], pathlib.Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    notes = domain_records("medical", scale.records, seed=config.seed)
+    unseen = domain_records("medical", scale.held_out, seed=config.seed + 1)
+    records = [Record(r.text, r.user, r.label) for r in notes]
+    mixed, planted = plant_pii(
+        records, repetitions=scale.planted, seed=config.seed, locales=["en_US"]
+    )
+    # A planted secret has no label of its own; it takes one in turn.
+    mixed = [
+        r if r.label is not None else r._replace(label=LABELS[i % len(LABELS)])
+        for i, r in enumerate(mixed)
+    ]
+    write(folder / "private.jsonl", mixed)
+    write(folder / "held-out.jsonl", [Record(r.text, r.user, r.label) for r in unseen])
+    start = scale.model or pretrained(config, scale, folder)
+    shared = TrainConfig(
+        data=str(folder / "private.jsonl"),
+        held_out_data=str(folder / "held-out.jsonl"),
+        user_field="user",
+        label_field="label",
+        labels=LABELS,
+        model=start,
+        lora=LoRA(16),
+        sequence_length=scale.sequence_length,
+        microbatch_size=scale.microbatch_size,
+        learning_rate=scale.learning_rate,
+        seed=config.seed,
+    )
+    runs = {
+        "plain": dataclasses.replace(
+            shared,
+            noise_multiplier=0.0,
+            l2_clip_norm=float("inf"),
+            sampling="shuffled",
+            iterations=scale.plain[0],
+            expected_batch_size=scale.plain[1],
+        ),
+        "private": dataclasses.replace(
+            shared,
+            target_epsilon=config.target_epsilon,
+            iterations=scale.private[0],
+            expected_batch_size=scale.private[1],
+        ),
+    }
+    found: dict[str, Any] = {
+        "experiment": "dp_synthetic_records",
+        "preset": config.preset,
+        "hardware": f"{platform.machine()}, {jax.local_devices()[0].device_kind} x "
+        f"{jax.local_device_count()}",
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        "seed": config.seed,
+        "records": len(mixed),
+        "real": real_accuracy(notes, unseen, scale.samples),
+    }
+    secrets = {
+        "planted": [s.secret for s in planted.inserted if s.kind != "name"],
+        "never_planted": [s.secret for s in planted.held_out if s.kind != "name"],
+        "of_the_people": personal(notes),
+        "of_other_people": personal(unseen),
+    }
+    for name, train in runs.items():
+        train = dataclasses.replace(train, output=str(folder / name))
+        result = synthesize(SynthesizeConfig(train, num_samples=scale.samples))
+        texts = read_texts(folder / name / "synthetic.jsonl")
+        found[name] = {
+            "epsilon": config.target_epsilon if name == "private" else None,
+            "drawn": result["drawn"],
+            "quality": result["quality"],
+            "secrets": {
+                kind: count_secrets(texts, values)._asdict() | {"sensitive_found": None}
+                for kind, values in secrets.items()
+            },
+        }
+    report(found)
+    where = config.results
+    if where is None and config.preset != "smoke":
+        where = str(HERE / "results.json")
+    if where is not None:
+        pathlib.Path(where).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def pretrained(config: Config, scale: Scale, folder: pathlib.Path) -> str:
+    """A nano decoder and its tokenizer, from invented records of two other domains: public text."""
+    public = [
+        Record(r.text)
+        for domain in ("financial", "support")
+        for r in domain_records(domain, max(200, scale.records // 2), seed=config.seed + 2)
+    ]
+    tokenizer = folder / "tokenizer.json"
+    train_bpe([r.text for r in public], 2048, tokenizer_corpus="public").save(tokenizer)
+    write(folder / "public.jsonl", public)
+    done = finished_run(
+        TrainConfig(
+            data=str(folder / "public.jsonl"),
+            output=str(folder / "public"),
+            text_field="text",
+            model="nano",
+            tokenizer=str(tokenizer),
+            noise_multiplier=0.0,
+            l2_clip_norm=float("inf"),
+            sampling="shuffled",
+            iterations=scale.public[0],
+            expected_batch_size=scale.public[1],
+            sequence_length=scale.sequence_length,
+            microbatch_size=scale.microbatch_size,
+            learning_rate=4e-3,
+            seed=config.seed,
+        )
+    )
+    print(f"public pretraining: held-out loss {done.after.nats_per_token:.3f} nats per token")
+    return str(folder / "public" / "model")
+
+
+def real_accuracy(
+    notes: Sequence[DomainRecord], unseen: Sequence[DomainRecord], samples: int
+) -> dict[str, Any]:
+    """The classifier trained on as many real records as there are synthetic ones, and on all."""
+    test = [r.text for r in unseen], [r.label for r in unseen]
+    return {
+        name: downstream_accuracy([r.text for r in part], [r.label for r in part], *test)._asdict()
+        for name, part in (("as many as synthetic", notes[:samples]), ("all", notes))
+    }
+
+
+def personal(records: Sequence[DomainRecord]) -> list[str]:
+    """Values of the marked spans that a text holds only if it was copied."""
+    return sorted(
+        {s.value for r in records for s in r.spans if s.kind in HIGH_ENTROPY and len(s.value) > 5}
+    )
+
+
+def write(path: pathlib.Path, records: Sequence[Record]) -> None:
+    """Records as jsonl, the same bytes for the same records."""
+    with path.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record._asdict(), ensure_ascii=False) + "\n")
+
+
+def read_texts(path: pathlib.Path) -> list[str]:
+    """Texts of a jsonl file."""
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def report(found: dict[str, Any]) -> None:
+    """The main numbers."""
+    real = found["real"]
+    print(
+        f"classifier on real records: {real['as many as synthetic']['accuracy']:.3f} (as many), "
+        f"{real['all']['accuracy']:.3f} (all)"
+    )
+    for name in ("plain", "private"):
+        accuracy = found[name]["quality"]["downstream"]["trained on synthetic"]["accuracy"]
+        counts = {
+            kind: f"{value['num_secrets_found']} of {value['num_secrets']}"
+            for kind, value in found[name]["secrets"].items()
+        }
+        print(f"{name}: classifier on synthetic records {accuracy:.3f}; secrets found {counts}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config))
+    except DpjaxError as error:
+        print(f"dp_synthetic_records: {error}", file=sys.stderr)
+        sys.exit(2)
