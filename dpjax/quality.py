@@ -7,6 +7,7 @@ the records, not for release.
 from __future__ import annotations
 
 import importlib
+import itertools
 import re
 import unicodedata
 from collections import Counter
@@ -114,7 +115,7 @@ def downstream_accuracy(
 
 def _word_features(text: str) -> list[str]:
     found = words(text)
-    return [*found, *(f"{a} {b}" for a, b in zip(found, found[1:], strict=False))]
+    return [*found, *(f"{a} {b}" for a, b in itertools.pairwise(found))]
 
 
 def _sklearn(name: str) -> Any:
@@ -186,10 +187,10 @@ def divergence(
 
 def _frontier(p: np.ndarray, q: np.ndarray, scaling: float = 5.0) -> np.ndarray:
     # From the mixture that is all q to the one that is all p.
-    points = [(1.0, 0.0)]
+    points: list[tuple[float, ...]] = [(1.0, 0.0)]
     for weight in np.linspace(1e-6, 1 - 1e-6, 100):
         mixture = weight * p + (1 - weight) * q
-        points.append(tuple(np.exp(-scaling * stats.entropy(of, mixture)) for of in (q, p)))
+        points.append(tuple(float(np.exp(-scaling * stats.entropy(of, mixture))) for of in (q, p)))
     return np.array([*points, (0.0, 1.0)])
 
 

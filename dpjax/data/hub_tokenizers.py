@@ -98,6 +98,14 @@ def pretrained_tokenizer(
       >>> pretrained_tokenizer(backend, bos_id=None, eos_id=10, pad_id=None, where="x").bos_id
       10
     """
+    for kind, value in (("bos", bos_id), ("pad", pad_id), ("eos", eos_id)):
+        ids = value if isinstance(value, list | tuple) else [value]
+        bad = [x for x in ids if not (x is None or (isinstance(x, int) and x >= 0))]
+        if bad:
+            raise DpjaxError(
+                f"{where}: {kind}_token_id is {bad[0]!r}; it must be a token number; restore its "
+                "config.json"
+            )
     ends = [int(end) for end in (eos_id if isinstance(eos_id, Sequence) else [eos_id])
             if end is not None]  # fmt: skip
     if not ends:

@@ -190,11 +190,22 @@ class Tokenizer:
     chat_template: str | None = None
 
     def __post_init__(self) -> None:
-        # The name of a special token, written in a record, is text like any other.
+        # The name of a special token, written in a record, is text like any other; also where the
+        # file that it came from does not mark it as special.
+        for number in self.special_ids:
+            name = self.backend.id_to_token(number)
+            if name is not None and number in self.backend.get_added_tokens_decoder():
+                token = tokenizers.AddedToken(name, normalized=False, special=True)
+                self.backend.add_special_tokens([token])
         self.backend.encode_special_tokens = True
         # A stored tokenizer may cut or pad by itself; examples are made elsewhere.
         self.backend.no_truncation()
         self.backend.no_padding()
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Padding, begin, end and further end ids: none of them is ever the id of text."""
+        return frozenset((self.pad_id, self.bos_id, self.eos_id, *self.stop_ids))
 
     @property
     def vocabulary_size(self) -> int:
@@ -224,6 +235,7 @@ class Tokenizer:
           [[97, 98], []]
         """
         ids: list[list[int]] = []
+        special = self.special_ids
         for start in range(0, len(texts), _ENCODE_BATCH):
             part = list(texts[start : start + _ENCODE_BATCH])
             try:
@@ -232,7 +244,11 @@ class Tokenizer:
                 _refuse_unencodable(part, start)
                 raise
             ids.extend(encoding.ids for encoding in encodings)
-        return ids
+        # In a few vocabularies a special token is a word like any other: it is left out.
+        return [
+            row if special.isdisjoint(row) else [number for number in row if number not in special]
+            for row in ids
+        ]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``; special ids have none.
@@ -255,7 +271,7 @@ class Tokenizer:
                     f"token {number} is outside the vocabulary of {size}; decode with the"
                     " tokenizer that the model was trained with"
                 )
-        special = {self.pad_id, self.bos_id, self.eos_id, *self.stop_ids}
+        special = self.special_ids
         text = [number for number in numbers if number not in special]
         return self.backend.decode(text, skip_special_tokens=False)
 

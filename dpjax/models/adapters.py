@@ -37,7 +37,8 @@ def write_adapter(
             if not (isinstance(leaves, dict) and "lora_a" in leaves):
                 continue
             module = adapter_module(family, target)
-            modules.add(module.rpartition(".")[2])
+            # The whole name: GPT-2 has a c_proj in attention and in the feed-forward block.
+            modules.add(module)
             # PEFT keeps both matrices transposed, outputs x inputs.
             for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
                 stacked = np.asarray(jax.device_get(leaves[ours]))

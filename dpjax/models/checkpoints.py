@@ -40,6 +40,7 @@ def from_tensors(
       DpjaxError: a tensor that is missing, has another shape, holds a value that is not finite, or
         is not part of this architecture.
     """
+    names = list(names)
     available = {name: name for name in names}
     if family == "gpt2":
         # Some checkpoints were saved from the model without its head.
@@ -80,11 +81,11 @@ def from_tensors(
     for tensor in outside:
         shape = _get(shapes, tensor.path).shape
         _set(params, tensor.path, jnp.asarray(fetch(tensor, None, shape)))
-    spare = {"lm_head.weight"} if config.tied else set()
+    spare = {"lm_head.weight", "transformer.lm_head.weight"} if config.tied else set()
     unknown = sorted(
         name
         for name, stored in available.items()
-        if stored not in used and name not in spare and not _IGNORED.match(name)
+        if stored not in used and stored not in spare and not _IGNORED.match(name)
     )
     if unknown:
         raise DpjaxError(
@@ -129,8 +130,6 @@ def _text_part(available: dict[str, str]) -> Iterator[tuple[str, str]]:
 def _laid_out(value: np.ndarray, layout: str) -> np.ndarray:
     if layout == "transposed":
         return value.T
-    if layout == "minus one":
-        return value.astype(np.float32) + 1.0
     if layout.startswith("part"):
         number, parts = int(layout.split()[1]), int(layout.split()[3])
         width = value.shape[-1] // parts
@@ -141,8 +140,6 @@ def _laid_out(value: np.ndarray, layout: str) -> np.ndarray:
 def _stored(value: np.ndarray, layout: str) -> np.ndarray:
     if layout == "transposed":
         return value.T
-    if layout == "minus one":
-        return (value.astype(np.float32) - 1.0).astype(value.dtype)
     return value
 
 

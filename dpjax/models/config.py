@@ -88,6 +88,7 @@ class DecoderConfig:
       norm_epsilon: added to the variance.
       qkv_bias, out_bias, ff_bias: which projections have a bias.
       qk_norm: RMS norm of every query and key head (Qwen 3, Gemma 3).
+      norm_offset: added to every norm's stored scale (Gemma 3: 1).
       post_norms: a second norm behind attention and feed-forward (Gemma 3).
       embedding_scale: multiplies the embedding (Gemma: the root of ``d_model``).
       query_scale: multiplies the attention scores; default ``head_size ** -0.5``.
@@ -126,6 +127,7 @@ class DecoderConfig:
     out_bias: bool = False
     ff_bias: bool = False
     qk_norm: bool = False
+    norm_offset: float = 0.0
     post_norms: bool = False
     embedding_scale: float = 1.0
     query_scale: float | None = None

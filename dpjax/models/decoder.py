@@ -74,7 +74,8 @@ class Norm(nnx.Module):
     def __init__(self, kind: str, width: int, config: DecoderConfig):
         dtype = jnp.dtype(config.dtype)
         self.epsilon, self.centred = config.norm_epsilon, kind == "layernorm"
-        self.scale = nnx.Param(jnp.ones(width, dtype))
+        self.offset = config.norm_offset
+        self.scale = nnx.Param(jnp.full(width, 1.0 - self.offset, dtype))
         self.bias = nnx.Param(jnp.zeros(width, dtype)) if self.centred else None
 
     def __call__(self, x: Float[Array, "*axes width"]) -> Float[Array, "*axes width"]:
@@ -82,7 +83,10 @@ class Norm(nnx.Module):
         if self.centred:
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        normed = _times(wide * jax.lax.rsqrt(variance + self.epsilon), self.scale[...])
+        scale = self.scale[...].astype(jnp.float32)
+        if self.offset:
+            scale = scale + self.offset
+        normed = _times(wide * jax.lax.rsqrt(variance + self.epsilon), scale)
         if self.bias is not None:
             normed = _plus(normed, self.bias[...])
         return normed.astype(x.dtype)

@@ -20,14 +20,27 @@ _ARCHITECTURES: dict[Family, tuple[str, str]] = {  # model_type, architecture cl
 _MODEL_TYPES: dict[str, Family] = {kind: f for f, (kind, _) in _ARCHITECTURES.items()}
 
 
+_GEMMA_DEFAULTS = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "sliding_window": 4096,
+    "max_position_embeddings": 131_072,
+}
+
+
 class Tensor(NamedTuple):
     """One tensor of a checkpoint and the leaf that it is.
 
     Attributes:
       path: keys into one layer's parameters, or into the whole tree where ``name`` has no layer.
       name: of the tensor; ``{layer}`` stands for the layer's number.
-      layout: "as is"; "transposed" (outputs x inputs); "minus one" (a norm's scale is stored less
-        1); "part 0 of 3" and so on (query, key and value side by side).
+      layout: "as is"; "transposed" (outputs x inputs); "part 0 of 3" and so on (query, key and
+        value side by side).
     """
 
     path: tuple[str, ...]
@@ -52,7 +65,9 @@ def read_hf_config(described: Mapping[str, Any], where: str) -> tuple[Family, De
     kind = described.get("model_type")
     if kind == "gemma3" and isinstance(described.get("text_config"), Mapping):
         # The multimodal checkpoint: its language model alone.
-        described, kind = {**described["text_config"], "tie_word_embeddings": True}, "gemma3_text"
+        # Published files leave out of it what equals the class's defaults.
+        described = {**_GEMMA_DEFAULTS, **described["text_config"], "tie_word_embeddings": True}
+        kind = "gemma3_text"
     family = _MODEL_TYPES.get(str(kind))
     if family is None:
         raise DpjaxError(
@@ -62,7 +77,7 @@ def read_hf_config(described: Mapping[str, Any], where: str) -> tuple[Family, De
         return family, (_gpt2 if family == "gpt2" else _rotary)(family, described, where)
     except KeyError as missing:
         raise DpjaxError(f"{where} has no {missing.args[0]!r}; restore the file") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise DpjaxError(f"{where} is corrupt ({error}); restore the file") from None
 
 
@@ -124,7 +139,7 @@ def _rotary(family: Family, c: Mapping[str, Any], where: str) -> DecoderConfig:
     layers, d_model = int(c["num_hidden_layers"]), int(c["hidden_size"])
     heads = int(c["num_attention_heads"])
     theta, local_theta, scaling = _rope(c, where, 1_000_000.0 if gemma else 10_000.0)
-    local = _local_layers(c, layers, gemma)
+    local = _local_layers(c, where, layers, gemma)
     bias = bool(c.get("attention_bias", False))
     return DecoderConfig(
         vocabulary_size=int(c["vocab_size"]),
@@ -143,6 +158,7 @@ def _rotary(family: Family, c: Mapping[str, Any], where: str) -> DecoderConfig:
         out_bias=bias and family != "qwen2",
         ff_bias=bool(c.get("mlp_bias", False)),
         qk_norm=family in ("qwen3", "gemma3"),
+        norm_offset=1.0 if gemma else 0.0,
         post_norms=gemma,
         embedding_scale=math.sqrt(d_model) if gemma else 1.0,
         query_scale=float(c.get("query_pre_attn_scalar", 256)) ** -0.5 if gemma else None,
@@ -154,10 +170,16 @@ def _rotary(family: Family, c: Mapping[str, Any], where: str) -> DecoderConfig:
     )
 
 
-def _local_layers(c: Mapping[str, Any], layers: int, gemma: bool) -> tuple[bool, ...]:
+def _local_layers(c: Mapping[str, Any], where: str, layers: int, gemma: bool) -> tuple[bool, ...]:
     if not gemma and not c.get("use_sliding_window", False):
         return ()
     if c.get("layer_types"):
+        for kind in c["layer_types"]:
+            if kind not in ("sliding_attention", "full_attention"):
+                raise DpjaxError(
+                    f"{where}: layer_types holds {kind!r}, which is not supported; supported: "
+                    "full_attention, sliding_attention"
+                )
         return tuple(kind == "sliding_attention" for kind in c["layer_types"])
     if gemma:
         every = int(c.get("sliding_window_pattern") or c.get("_sliding_window_pattern") or 6)
@@ -178,14 +200,19 @@ def _rope(
         local = 10_000.0 if str(c.get("model_type", "")).startswith("gemma") else theta
     scaling = c.get("rope_scaling") or full
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if near and near.get("rope_type", "default") != "default":
-        kind = near["rope_type"]
     partial = full.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0))
-    if kind in ("default", None) and partial in (1, 1.0, None):
+    near_kind = near.get("rope_type", "default")
+    if near_kind not in ("default", None):
+        raise DpjaxError(
+            f"{where}: rotary positions of sliding_attention are of type {near_kind!r}, which is "
+            "not supported; supported: default"
+        )
+    whole = partial in (1, 1.0, None)
+    if kind in ("default", None) and whole:
         return theta, local, None
-    if kind == "linear":
+    if kind == "linear" and whole:
         return theta, local, RopeScaling("linear", float(scaling["factor"]))
-    if kind == "llama3":
+    if kind == "llama3" and whole:
         stretched = RopeScaling(
             "llama3",
             float(scaling["factor"]),
@@ -217,7 +244,12 @@ def family_of(config: DecoderConfig) -> Family:
     if gpt2 and not c.is_gated and c.num_kv_heads == c.num_heads:
         return "gpt2"
     if c.norm == "rmsnorm" and c.positions == "rope":
-        plain = not c.post_norms and c.embedding_scale == 1.0 and c.query_scale is None
+        plain = (
+            not c.post_norms
+            and not c.norm_offset
+            and c.embedding_scale == 1.0
+            and c.query_scale is None
+        )
         if c.activation == "swiglu" and plain and not (c.ff_bias and c.qk_norm):
             if not c.qk_norm and not c.local_layers and c.qkv_bias == c.out_bias:
                 return "llama"
@@ -225,7 +257,7 @@ def family_of(config: DecoderConfig) -> Family:
                 return "qwen2"
             if c.qk_norm and c.qkv_bias == c.out_bias:
                 return "qwen3"
-        gemma = (c.activation, c.qk_norm, c.post_norms) == ("geglu", True, True)
+        gemma = (c.activation, c.qk_norm, c.post_norms, c.norm_offset) == ("geglu", True, True, 1)
         if gemma and c.qkv_bias == c.out_bias and not c.ff_bias:
             return "gemma3"
     raise DpjaxError(
@@ -352,7 +384,6 @@ def tensors(family: Family, config: DecoderConfig) -> tuple[list[Tensor], list[T
     """
     if family == "gpt2":
         return _gpt2_tensors(config)
-    scale = "minus one" if family == "gemma3" else "as is"
     layer = []
     for name, (part, module) in _PROJECTIONS.items():
         if name == "gate" and not config.is_gated:
@@ -371,14 +402,14 @@ def tensors(family: Family, config: DecoderConfig) -> tuple[list[Tensor], list[T
             "feed_forward_post_norm": "post_feedforward_layernorm",
         }
     for ours, theirs in norms.items():
-        layer.append(Tensor((ours, "scale"), f"model.layers.{{layer}}.{theirs}.weight", scale))
+        layer.append(Tensor((ours, "scale"), f"model.layers.{{layer}}.{theirs}.weight"))
     if config.qk_norm:
         for ours, theirs in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
             name = f"model.layers.{{layer}}.self_attn.{theirs}.weight"
-            layer.append(Tensor(("attention", ours, "scale"), name, scale))
+            layer.append(Tensor(("attention", ours, "scale"), name))
     outside = [
         Tensor(("embedding", "embedding"), "model.embed_tokens.weight"),
-        Tensor(("final_norm", "scale"), "model.norm.weight", scale),
+        Tensor(("final_norm", "scale"), "model.norm.weight"),
     ]
     if not config.tied:
         outside.append(Tensor(("head", "kernel"), "lm_head.weight", "transposed"))

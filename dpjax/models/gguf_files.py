@@ -201,6 +201,7 @@ def _shape(
         out_bias="blk.0.attn_output.bias" in stored,
         ff_bias="blk.0.ffn_up.bias" in stored,
         qk_norm=family in ("qwen3", "gemma3"),
+        norm_offset=1.0 if gemma else 0.0,
         post_norms=gemma,
         embedding_scale=math.sqrt(d_model) if gemma else 1.0,
         query_scale=float(get("attention.scale") or width**-0.5) if gemma else None,

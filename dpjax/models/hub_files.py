@@ -16,12 +16,15 @@ from dpjax.errors import DpjaxError
 
 def write_safetensors(path: pathlib.Path, named: dict[str, np.ndarray]) -> None:
     """Writes arrays of float32 or bfloat16, whole or not at all."""
-    _safetensors()
+    library = _safetensors()
     save = importlib.import_module("safetensors.flax").save_file
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         save(named, os.fspath(partial), metadata={"format": "pt"})
         os.replace(partial, path)
+    except library.SafetensorError as error:
+        # Its own word for a full disk.
+        raise OSError(None, " ".join(str(error).split())[:120]) from None
     finally:
         partial.unlink(missing_ok=True)
 

@@ -93,7 +93,10 @@ def test_no_text_spells_a_special_id(hub_folder, special):
         assert len(ids) == 3
         for text in SPELLED:
             for found in (tokenizer.encode(text), *tokenizer.encode_batch([text, "say"])):
-                assert found and not ids & set(found), (text, found)
+                assert not ids & set(found), (text, found)
+                # Only where a special token is a word of the vocabulary has it no other spelling.
+                words = isinstance(tokenizer.backend.model, tokenizers.models.WordLevel)
+                assert found or words
 
 
 def test_special_ids_survive_every_round_trip(hub_folder):
