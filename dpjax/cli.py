@@ -12,6 +12,7 @@ import tyro
 from dpjax.errors import DpjaxError
 from dpjax.runs.config import TrainConfig
 from dpjax.runs.demo import DemoConfig
+from dpjax.runs.predict import PredictConfig
 from dpjax.runs.synthesize import SynthesizeConfig
 
 
@@ -132,6 +133,7 @@ _COMMANDS = {
     "resume": ResumeConfig,
     "generate": GenerateConfig,
     "synthesize": SynthesizeConfig,
+    "predict": PredictConfig,
     "export": ExportConfig,
     "records": RecordsConfig,
     "card": CardConfig,
@@ -202,6 +204,10 @@ def _run(config: object) -> None:
             from dpjax.runs.synthesize import synthesize
 
             synthesize(config)
+        case PredictConfig():
+            from dpjax.runs.predict import predict
+
+            predict(config)
         case ExportConfig():
             commands.export(config.model, config.output, config.adapter, config.base)
         case RecordsConfig():
