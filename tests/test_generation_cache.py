@@ -139,7 +139,7 @@ def test_the_stream_is_the_text_in_pieces():
     whole = generate(LLAMA, params, prompts, key, max_new_tokens=11)
     pieces = list(stream(LLAMA, params, prompts, key, max_new_tokens=11, tokens_per_step=4))
     assert [len(piece[0]) for piece in pieces] == [4, 4, 3]
-    assert [sum((piece[row] for piece in pieces), []) for row in (0, 1)] == whole
+    assert [[t for piece in pieces for t in piece[row]] for row in (0, 1)] == whole
 
 
 def test_a_text_ends_before_its_first_stop_token():
@@ -151,7 +151,7 @@ def test_a_text_ends_before_its_first_stop_token():
     settings = {"max_new_tokens": 12, "temperature": 0.0, "stop_token": stops}
     assert generate(LLAMA, params, prompts, None, **settings) == expected
     pieces = list(stream(LLAMA, params, prompts, None, tokens_per_step=3, **settings))
-    assert [sum((piece[row] for piece in pieces), []) for row in (0, 1)] == expected
+    assert [[t for piece in pieces for t in piece[row]] for row in (0, 1)] == expected
     assert len(pieces) < 4  # it does not go on when every text has ended
 
 
