@@ -9,10 +9,10 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/dpjax demo
 
-test: .venv/.installed
+test: .venv/.reference
 	$(BIN)/python -m pytest -n 2
 
-test-slow: .venv/.installed
+test-slow: .venv/.reference
 	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: .venv/.installed
@@ -31,6 +31,12 @@ format: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-data.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Other implementations that tests compare with. Not in the lock: a lock would name the build of
+# torch for one platform.
+.venv/.reference: .venv/.installed requirements-reference.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-reference.txt
 	@touch $@
 
 # Needs uv (pip install uv).

@@ -3,9 +3,7 @@
 import json
 import math
 import os
-import pathlib
 import resource
-import sys
 
 import jax
 import numpy as np
@@ -18,7 +16,6 @@ from dpjax.models import Model, count_parameters, load_pretrained, pretrained, s
 torch = pytest.importorskip("torch")
 hf = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import hub_models as hub  # noqa: E402
 
 MERGES = ["t h", "th e", "Ġ the", "i n", "a n", "Ġ a", "1 2", "é ¢"]

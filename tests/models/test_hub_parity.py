@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import json
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +16,6 @@ from dpjax.models.families import read_hf_config
 torch = pytest.importorskip("torch")
 hf = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import hub_models as hub  # noqa: E402
 
 # Rounding reaches 5e-6; the smallest mistake below moves some logit by 100 times that.

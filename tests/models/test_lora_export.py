@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import json
-import pathlib
-import sys
 import warnings
 
 import jax
@@ -33,7 +31,6 @@ torch = pytest.importorskip("torch")
 hf = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 safetensors_torch = pytest.importorskip("safetensors.torch")
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import hub_models as hub  # noqa: E402
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma3", "gpt2"]
