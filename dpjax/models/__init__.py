@@ -1,6 +1,7 @@
 """Language models as pure functions over plain parameter pytrees."""
 
 from dpjax.models.config import (
+    ALL_TARGETS,
     DecoderConfig,
     LoRA,
     Preset,
@@ -39,6 +40,7 @@ from dpjax.models.tuning import (
 )
 
 __all__ = [
+    "ALL_TARGETS",
     "Cache",
     "Decoder",
     "DecoderConfig",

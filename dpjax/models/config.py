@@ -24,8 +24,9 @@ class LoRA:
     """Inner width of every adapter."""
     alpha: float | None = None
     """Adapters are scaled by alpha / rank (default: twice the rank)."""
-    targets: tuple[Target, ...] = ALL_TARGETS
-    """Which projections get one: query, key, value, out, gate, up, down."""
+    targets: tuple[Target, ...] = ("query", "value")
+    """Which projections get one: query, key, value, out, gate, up, down. Under noise fewer
+    parameters are better: every one of them gets its share."""
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(self.targets))

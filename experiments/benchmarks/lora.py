@@ -94,7 +94,7 @@ def steps(config: Config):
 
     from dpjax.data import chitchat, dataset_from_records
     from dpjax.mechanism import DPSGD
-    from dpjax.models import LoRA, load_pretrained, prepare_tuning, tuned_loss
+    from dpjax.models import ALL_TARGETS, LoRA, load_pretrained, prepare_tuning, tuned_loss
     from dpjax.runs.config import TrainConfig
     from dpjax.runs.sources import starting_point
     from dpjax.training import init_state, train_step
@@ -107,7 +107,11 @@ def steps(config: Config):
         model = load_pretrained(config.model)
         tokenizer = model.tokenizer
         shape, trainable, frozen = prepare_tuning(
-            model.config, model.params, "lora", lora=LoRA(config.rank), key=jax.random.key(0)
+            model.config,
+            model.params,
+            "lora",
+            lora=LoRA(config.rank, targets=ALL_TARGETS),
+            key=jax.random.key(0),
         )
         del model
     data = dataset_from_records(chitchat()[: config.batch_size], tokenizer, config.sequence_length)

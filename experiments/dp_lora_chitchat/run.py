@@ -59,7 +59,7 @@ class Scale:
 
 SCALES = {
     "cpu": Scale("smollm2", 64, (12, 256), (30, 64), 16, LoRA(16, targets=("query", "value"))),
-    "gpu": Scale("smollm2", 128, (200, 1024), (200, 64), 64, LoRA(16)),
+    "gpu": Scale("smollm2", 128, (200, 1024), (200, 64), 64, LoRA(16, targets=("query", "value"))),
     "smoke": Scale("nano", 32, (2, 64), (2, 16), 16, LoRA(2, targets=("query", "value"))),
 }
 
