@@ -158,10 +158,16 @@ def train_step(
         batch,
         is_padding_example,
         mechanism=mechanism,
-        loss_fn=jax.tree_util.Partial(loss_fn),
+        loss_fn=_with_arrays(loss_fn),
         optimizer=optimizer,
         state_sharding=state_sharding,
     )
+
+
+def _with_arrays(loss_fn: LossFn) -> jax.tree_util.Partial:
+    """The loss as a pytree; a Partial of a Partial would hide the inner one's arrays."""
+    is_one = isinstance(loss_fn, jax.tree_util.Partial)
+    return loss_fn if is_one else jax.tree_util.Partial(loss_fn)
 
 
 def fit(
@@ -239,7 +245,7 @@ def fit(
     by_example = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     state = jax.device_put(state, replicated)
     # Arrays that the loss reads beside the parameters, such as frozen weights, go along.
-    loss_fn = jax.device_put(jax.tree_util.Partial(loss_fn), replicated)
+    loss_fn = jax.device_put(_with_arrays(loss_fn), replicated)
 
     end = mechanism.iterations
     if max_iterations is not None:

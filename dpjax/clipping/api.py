@@ -75,7 +75,10 @@ class ClippedGrad:
             )
         arguments = (params, batch, is_padding_example, relative_clip_norm)
         if _is_hashable(self) and not any(map(is_traced, jax.tree.leaves(arguments))):
-            return _compiled(self, *arguments)
+            # The arrays of a Partial are arguments too, not constants of the program.
+            frozen = self.loss_fn if isinstance(self.loss_fn, jax.tree_util.Partial) else None
+            static = self if frozen is None else dataclasses.replace(self, loss_fn=_in_arguments)
+            return _compiled(static, frozen, *arguments)
         return self._sum(*arguments)
 
     def _sum(
@@ -161,9 +164,16 @@ def _is_hashable(value: Any) -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _compiled(grad_fn: ClippedGrad, *arguments: Any) -> tuple[PyTree, ClipInfo]:
+def _compiled(grad_fn: ClippedGrad, loss_fn: Any, *arguments: Any) -> tuple[PyTree, ClipInfo]:
     """For calls outside of jit: operation by operation, every branch would be compiled anew."""
+    if loss_fn is not None:
+        grad_fn = dataclasses.replace(grad_fn, loss_fn=loss_fn)
     return grad_fn._sum(*arguments)
+
+
+def _in_arguments(params: PyTree, example: PyTree) -> Any:
+    """Stands for a loss that is passed as a pytree."""
+    raise NotImplementedError
 
 
 def clipped_grad(

@@ -117,7 +117,7 @@ def steps(config: Config):
     data = dataset_from_records(chitchat()[: config.batch_size], tokenizer, config.sequence_length)
     batch = jax.tree.map(jnp.asarray, data.take(np.arange(config.batch_size)))
     padding = jnp.zeros(config.batch_size, bool)
-    loss_fn = jax.tree_util.Partial(tuned_loss(shape, frozen))
+    loss_fn = tuned_loss(shape, frozen)
     optimizer = optax.adamw(1e-3)
     mechanism = DPSGD(1.0, 0.01, 100, noise_multiplier=0.6, normalize_by=config.batch_size)
     private = [init_state(mechanism, trainable, optimizer, jax.random.key(1))]
