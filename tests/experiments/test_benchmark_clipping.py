@@ -7,12 +7,7 @@ import pathlib
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-
-from dpjax.models import DecoderConfig, language_model_loss
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "benchmarks"
 WORKLOADS = ("W1", "W1t", "W2", "W3", "W4", "W5")
@@ -69,59 +64,6 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message):
     run = _run(*arguments)
     assert run.returncode == 2 and not run.stdout
     assert message in run.stderr and len(run.stderr.splitlines()) == 1
-
-
-def _first(batch):
-    return jax.tree.map(lambda x: x[0], batch)
-
-
-def test_lora_loss_with_zero_adapters_is_the_frozen_decoders():
-    workloads = _module("clipping_workloads")
-    lora, base = (workloads.workload(name, "smoke") for name in ("W4", "W1"))
-    example = _first(lora.batch)
-    zeros = jax.tree.map(jnp.zeros_like, lora.params)
-    expected = jax.jit(base.make_loss(()))(lora.frozen, example)
-    loss_fn = jax.jit(lora.make_loss(lora.frozen))
-    np.testing.assert_allclose(loss_fn(zeros, example), expected, rtol=1e-5)
-    assert loss_fn(lora.params, example) != expected
-    count = len(jax.tree.leaves(lora.params))
-    assert count == 2 * (6 * base.config.num_layers + 1)  # both factors of every matrix
-
-
-@pytest.mark.parametrize("remat", [False, True])
-def test_scanned_loss_is_the_decoders(remat):
-    workloads = _module("clipping_workloads")
-    work = workloads.workload("W5", "smoke", remat=remat)
-    shape = workloads.SIZES["smoke"]["W5"]["shape"]
-    config = DecoderConfig(
-        vocabulary_size=shape["vocabulary"],
-        num_layers=shape["layers"],
-        d_model=shape["d"],
-        num_heads=shape["heads"],
-        num_kv_heads=shape["kv"],
-        d_ff=shape["ff"],
-        rope_theta=1e5,
-    )
-
-    def block(i):
-        w = jax.tree.map(lambda x: x[i], work.params["layers"])
-        kernels = {k: {"kernel": v} for k, v in w.items() if not k.endswith("norm")}
-        return {
-            "attention_norm": w["attention_norm"],
-            "attention": {k: kernels[k] for k in ("query", "key", "value", "out")},
-            "feed_forward_norm": w["feed_forward_norm"],
-            "feed_forward": {k: kernels[k] for k in ("gate", "up", "down")},
-        }
-
-    params = {
-        "embedding": {"embedding": work.params["embedding"]},
-        "blocks": {i: block(i) for i in range(config.num_layers)},
-        "final_norm": work.params["final_norm"],
-    }
-    example = _first(work.batch)
-    expected = jax.jit(language_model_loss(config))(params, example)
-    found = jax.jit(work.make_loss(()))(work.params, example)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_copied_bytes_counts_what_is_written_outside_of_fusions():

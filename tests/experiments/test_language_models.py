@@ -5,7 +5,17 @@ import json
 import math
 import pathlib
 
+import jax
+import pytest
+
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion(strict_arithmetic):
+    """Optax's Adam multiplies by Python powers of an int32 count."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def load(name):
