@@ -154,7 +154,7 @@ def product_squared_norms(segments: Segments) -> tuple[Float[Array, " B"], Bool[
         return jnp.sum(jnp.square(products(alone)))
 
     square = lax.map(one, _by_example(segments))
-    terms = _total([jnp.sum(_norms(x.left) * _norms(x.right), axis=(0, 2)) for x in segments])
+    terms = total_of([jnp.sum(_norms(x.left) * _norms(x.right), axis=(0, 2)) for x in segments])
     return square, square < jnp.square(ROUNDING * terms)
 
 
@@ -169,7 +169,8 @@ def _by_example(segments: Segments) -> list[Segment]:
     return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), list(segments))
 
 
-def _total(arrays: Sequence[Array]) -> Array:
+def total_of(arrays: Sequence[Array]) -> Array:
+    """Their sum, without a broadcast zero to start from."""
     total = arrays[0]
     for x in arrays[1:]:
         total = total + x
@@ -191,7 +192,7 @@ def weighted_sum(
     """
 
     def contract(parts: list[Segment], factor: Array) -> Array:
-        return _total(
+        return total_of(
             [
                 _scatter_weighted(left, right, factor)
                 if isinstance(left, Rows)

@@ -95,7 +95,7 @@ def clip_and_sum(
                 to_leaf(g, factors.weighted_sum(s, weights[i], is_unclean, in_doubt))
                 for g, s in zip(p.groups, _segments(p, arrays[i]), strict=True)
             ]
-            totals.append(_total(parts))
+            totals.append(factors.total_of(parts))
     return jax.tree.unflatten(jax.tree.structure(params), totals), value, norms
 
 
@@ -124,7 +124,7 @@ def _sums_of_held(plans, held, weights, is_unclean) -> dict[int, Array]:
         if plans[i].strategy == "patches":
             parts = [to_leaf(g, y) for g, y in zip(plans[i].groups, parts, strict=True)]
         by_leaf[i] = parts
-    return {i: _total(parts) for i, parts in by_leaf.items()}
+    return {i: factors.total_of(parts) for i, parts in by_leaf.items()}
 
 
 class _Kept(NamedTuple):
@@ -227,31 +227,24 @@ def _squared_norm(
         inner = jnp.sum(arrays[0], axis=tuple(range(arrays[0].ndim - 2)))
         return _Measured(inner[:, 0] * p.region.scale**2, ~(inner[:, 1] == 0))
     if held:
-        return _Measured(_total([squared_norms(rows, axis) for rows, axis in held]))
+        return _Measured(factors.total_of([squared_norms(rows, axis) for rows, axis in held]))
     return _factored_norm(_segments(p, arrays), p.strategy)
 
 
 def _factored_norm(parts: list[list[factors.Segment]], strategy: str) -> _Measured:
     measured = [factors.product_squared_norms(s) for s in parts] if strategy == "product" else []
     if measured:
-        return _Measured(_total([square for square, _ in measured]), _any(measured))
+        return _Measured(factors.total_of([square for square, _ in measured]), _any(measured))
     found = [factors.gram_squared_norms(s) for s in parts]
 
     def again() -> Array:
-        return _total([factors.product_squared_norms(s)[0] for s in parts])
+        return factors.total_of([factors.product_squared_norms(s)[0] for s in parts])
 
-    return _Measured(_total([square for square, _ in found]), _any(found), again)
+    return _Measured(factors.total_of([square for square, _ in found]), _any(found), again)
 
 
 def _any(found: Sequence[tuple[Array, Array]]) -> Array:
     return jnp.any(jnp.stack([doubt for _, doubt in found]), axis=0)
-
-
-def _total(arrays: Sequence[Array]) -> Array:
-    total = arrays[0]
-    for x in arrays[1:]:
-        total = total + x
-    return total
 
 
 def _again_where_needed(measured: list[_Measured]) -> list[Array]:
@@ -315,7 +308,7 @@ def _norm_in_region(p: LeafPlan) -> Callable:
 
 def _sum_in_region(p: LeafPlan, number: int) -> Callable:
     def weigh(parts, weights, is_unclean, in_doubt):
-        return _total(
+        return factors.total_of(
             [
                 to_leaf(group, factors.weighted_sum(s, weights, is_unclean, in_doubt))
                 for group, s in zip(p.groups, parts, strict=True)

@@ -103,8 +103,6 @@ def clip_and_sum(
     per_example_grads: PyTree,
     l2_clip_norm: float,
     is_padding_example: Bool[Array, " batch"] | None = None,
-    rule: ClipRule | None = None,
-    relative_clip_norm: Float[Array, ""] | None = None,
 ) -> tuple[PyTree, Float[Array, " batch"]]:
     """Clips each example's gradient to ``l2_clip_norm`` and sums over the batch.
 
@@ -112,8 +110,6 @@ def clip_and_sum(
       per_example_grads: pytree whose leaves have a leading axis ``batch``.
       l2_clip_norm: largest L2 norm one example may contribute; ``inf`` clips nothing.
       is_padding_example: True where a row is not an example.
-      rule: another way to clip, in place of ``l2_clip_norm``.
-      relative_clip_norm: see `ClippedGrad.__call__`.
 
     Returns:
       The sum (leaves without the batch axis, float32 or wider) and the norms before clipping,
@@ -131,13 +127,9 @@ def clip_and_sum(
       >>> print(clip_and_sum(grads, 5.0)[0])
       [3.375 4.25 ]
     """
-    rule = ClipRule(l2_clip_norm) if rule is None else rule
     rows, structure = jax.tree.flatten(per_example_grads)
-    factors, norms, is_unclean = rule.factors(
-        [squared_norms(x) for x in rows],
-        leaf_paths(per_example_grads),
-        is_padding_example,
-        relative_clip_norm,
+    factors, norms, is_unclean = ClipRule(l2_clip_norm).factors(
+        [squared_norms(x) for x in rows], leaf_paths(per_example_grads), is_padding_example, None
     )
     sums = weighted_sums(rows, factors, is_unclean, [0] * len(rows))
     return jax.tree.unflatten(structure, sums), norms

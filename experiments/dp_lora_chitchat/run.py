@@ -105,7 +105,7 @@ def main(config: Config) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
         "seed": config.seed,
         "model": scale.model,
-        "lora": dataclasses.asdict(scale.lora),
+        "lora": dataclasses.asdict(scale.lora) | {"targets": list(scale.lora.targets)},
         "sequence_length": scale.sequence_length,
         "pretrained": {"nats_per_token": before.nats_per_token, "perplexity": before.perplexity},
         **{name: measured(done, seconds) for name, (done, seconds) in runs.items()},
