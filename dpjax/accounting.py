@@ -405,7 +405,7 @@ def gaussian_dp_mu(dp_event: dp_accounting.DpEvent, population: int) -> tuple[fl
         return None
 
     def curve(mu: float) -> np.ndarray:
-        return np.array([_gaussian_epsilon(mu, d) for d in deltas])
+        return np.array([gaussian_epsilon(mu, d) for d in deltas])
 
     low, high = 1e-4, 1.0
     while np.any(curve(high) < profile):
@@ -418,7 +418,7 @@ def gaussian_dp_mu(dp_event: dp_accounting.DpEvent, population: int) -> tuple[fl
     return float(high), float(np.max(curve(high) - profile))
 
 
-def _gaussian_epsilon(mu: float, delta: float) -> float:
+def gaussian_epsilon(mu: float, delta: float) -> float:
     """epsilon of the Gaussian mechanism with sensitivity / stddev = mu (Balle and Wang, 2018)."""
 
     def excess(e: float) -> float:

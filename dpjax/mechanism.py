@@ -224,6 +224,10 @@ class DPSGD:
         """dp_accounting event of the first ``iterations`` iterations."""
         return self._event(self._noise, iterations)
 
+    def dp_event_with(self, noise_multiplier: float) -> dp_accounting.DpEvent:
+        """dp_accounting event of the same plan with another noise multiplier."""
+        return self._event(noise_multiplier, self.iterations)
+
     @property
     def is_private(self) -> bool:
         """Whether any guarantee is claimed at all."""

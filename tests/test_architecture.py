@@ -16,6 +16,7 @@ ORDER = [
     ["noise"],
     ["sampling"],
     ["accounting"],
+    ["trade_off"],
     ["adaptive"],
     ["mechanism"],
     ["optimizers"],

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import jax
 import tyro
 
+from dpjax.artifact import save_model
 from dpjax.data import (
     DOMAIN_LABELS,
     DomainRecord,
@@ -29,7 +30,7 @@ from dpjax.data import (
     train_bpe,
 )
 from dpjax.errors import DpjaxError
-from dpjax.models import LoRA
+from dpjax.models import DecoderConfig, LoRA, Model, init_params
 from dpjax.quality import count_secrets, downstream_accuracy
 from dpjax.runs.commands import finished_run
 from dpjax.runs.config import TrainConfig
@@ -37,6 +38,7 @@ from dpjax.runs.synthesize import SynthesizeConfig, synthesize
 
 HERE = pathlib.Path(__file__).resolve().parent
 LABELS = DOMAIN_LABELS["medical"]
+PUBLIC_DOMAINS = ("financial", "support")
 # Dates of birth and names come from small sets: a sample may hold one by chance.
 HIGH_ENTROPY = ("phone", "mrn", "id_number", "email", "address")
 
@@ -61,7 +63,7 @@ class Config:
 class Scale:
     """What a preset means."""
 
-    model: str | None  # None: a nano decoder with public pretraining
+    model: str | None  # None: a small decoder with public pretraining
     records: int
     held_out: int
     samples: int
@@ -76,12 +78,12 @@ class Scale:
 
 SCALES = {
     "cpu": Scale(
-        None, 20_000, 2_000, 1_000, (500, 64), (400, 64), (80, 1024), {16: 8, 64: 8}, 112, 32, 4e-3
+        None, 60_000, 2_000, 1_000, (400, 64), (400, 64), (400, 512), {16: 8, 64: 8}, 112, 32, 3e-3
     ),
     "gpu": Scale(
         "smollm2", 20_000, 2_000, 1_000, (0, 0), (300, 64), (300, 1024), {16: 8, 64: 8}, 144, 64
     ),
-    "smoke": Scale(None, 300, 60, 20, (2, 16), (2, 16), (2, 64), {4: 2}, 48, 16, 4e-3),
+    "smoke": Scale(None, 300, 60, 20, (2, 16), (2, 16), (2, 64), {4: 2}, 48, 16, 3e-3),
 }
 
 
@@ -171,22 +173,35 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def pretrained(config: Config, scale: Scale, folder: pathlib.Path) -> str:
-    """A nano decoder and its tokenizer, from invented records of two other domains: public text."""
+    """A small decoder and its tokenizer, from labelled records of two other domains: public text.
+
+    What carries over is how a label at the beginning decides what a record is about.
+    """
     public = [
-        Record(r.text)
-        for domain in ("financial", "support")
-        for r in domain_records(domain, max(200, scale.records // 2), seed=config.seed + 2)
+        Record(r.text, None, r.label)
+        for domain in PUBLIC_DOMAINS
+        for r in domain_records(domain, max(200, scale.records // 4), seed=config.seed + 2)
     ]
-    tokenizer = folder / "tokenizer.json"
-    train_bpe([r.text for r in public], 2048, tokenizer_corpus="public").save(tokenizer)
+    tokenizer = train_bpe([r.text for r in public], 2048, tokenizer_corpus="public")
+    shape = DecoderConfig(
+        vocabulary_size=tokenizer.vocabulary_size,
+        num_layers=4,
+        d_model=64,
+        num_heads=4,
+        num_kv_heads=4,
+        d_ff=256,
+    )
+    start = Model(shape, init_params(shape, jax.random.key(config.seed)), tokenizer)
+    save_model(folder / "untrained", start)
     write(folder / "public.jsonl", public)
     done = finished_run(
         TrainConfig(
             data=str(folder / "public.jsonl"),
             output=str(folder / "public"),
-            text_field="text",
-            model="nano",
-            tokenizer=str(tokenizer),
+            label_field="label",
+            labels=tuple(label for domain in PUBLIC_DOMAINS for label in DOMAIN_LABELS[domain]),
+            model=str(folder / "untrained"),
+            tuning="full",
             noise_multiplier=0.0,
             l2_clip_norm=float("inf"),
             sampling="shuffled",
