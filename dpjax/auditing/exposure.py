@@ -130,13 +130,14 @@ def exposure_by_skew_normal(
         )
     centre, spread = references.mean(), references.std()
     standard = (references - centre) / spread
-    shape, location, scale = stats.skewnorm.fit(standard)
+    parameters: Any = stats.skewnorm.fit(standard)
+    shape, location, scale = map(float, parameters)
     fitted = stats.skewnorm(shape, location, scale)
-    p_value = float(np.asarray(stats.kstest(standard, fitted.cdf)[1]))
+    tested: Any = stats.kstest(standard, fitted.cdf)
     points = ((losses - centre) / spread - location) / scale
-    bits = np.maximum(0.0, -skew_normal_log_cdf(points, float(shape)) / math.log(2.0))
+    bits = np.maximum(0.0, -skew_normal_log_cdf(points, shape) / math.log(2.0))
     found = _capped(bits, math.inf if space_bits is None else space_bits, "skew-normal")
-    return found._replace(ks_p_value=p_value)
+    return found._replace(ks_p_value=float(tested.pvalue))
 
 
 def skew_normal_log_cdf(points: Any, shape: float) -> np.ndarray:
@@ -156,7 +157,8 @@ def skew_normal_log_cdf(points: Any, shape: float) -> np.ndarray:
       >>> skew_normal_log_cdf([-40.0], 0.0).round(3), stats.norm.logcdf(-40.0).round(3)
       (array([-804.608]), np.float64(-804.608))
     """
-    points = np.asarray(points, np.float64)
+    shaped = np.asarray(points, np.float64)
+    points = shaped.reshape(-1)
     with np.errstate(divide="ignore"):
         log_cdf = np.log(np.clip(stats.skewnorm.cdf(points, shape), 0.0, 1.0))
 
@@ -171,7 +173,7 @@ def skew_normal_log_cdf(points: Any, shape: float) -> np.ndarray:
     x, slope = points[tail][:, None], slopes[tail][:, None]
     factors = np.exp(log_density(x - nodes / slope) - log_density(x) + nodes)
     log_cdf[tail] = log_density(x[:, 0]) - np.log(slope[:, 0]) + np.log(factors @ weights)
-    return log_cdf
+    return log_cdf.reshape(shaped.shape)
 
 
 def unseen_exposure(num_references: int) -> tuple[float, float]:

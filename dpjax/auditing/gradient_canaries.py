@@ -56,14 +56,12 @@ class RandomDirections:
     def dot(self, number: Int[Array, ""], tree: PyTree) -> Float[Array, ""]:
         """Inner product of direction ``number`` with a pytree like the parameters."""
         leaves = jax.tree.leaves(tree)
-        keys = jax.random.split(self.keys[number], len(leaves))
-        drawn = [
-            jax.random.normal(keys[i], leaf.shape, jnp.float32) for i, leaf in enumerate(leaves)
-        ]
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in drawn))
+        ends = np.cumsum([leaf.size for leaf in leaves]).tolist()
+        drawn = jax.random.normal(self.keys[number], (ends[-1],), jnp.float32)
+        drawn = drawn / jnp.linalg.norm(drawn)
         parts = [
-            jnp.sum((g / norm) * leaf.astype(jnp.float32))
-            for g, leaf in zip(drawn, leaves, strict=True)
+            jnp.dot(drawn[end - leaf.size : end], leaf.reshape(-1).astype(jnp.float32))
+            for end, leaf in zip(ends, leaves, strict=True)
         ]
         return functools.reduce(jnp.add, parts)
 
