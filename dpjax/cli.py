@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from dpjax.errors import DpjaxError
+from dpjax.runs.audit import AuditConfig
 from dpjax.runs.config import TrainConfig
 from dpjax.runs.demo import DemoConfig
 from dpjax.runs.predict import PredictConfig
@@ -136,6 +137,7 @@ _COMMANDS = {
     "predict": PredictConfig,
     "export": ExportConfig,
     "records": RecordsConfig,
+    "audit": AuditConfig,
     "card": CardConfig,
     "epsilon": EpsilonConfig,
     "calibrate": CalibrateConfig,
@@ -208,6 +210,10 @@ def _run(config: object) -> None:
             from dpjax.runs.predict import predict
 
             predict(config)
+        case AuditConfig():
+            from dpjax.runs.audit import audit
+
+            audit(config)
         case ExportConfig():
             commands.export(config.model, config.output, config.adapter, config.base)
         case RecordsConfig():

@@ -48,6 +48,30 @@ def held_out_loss(
       >>> loss.num_tokens, 5.4 < loss.nats_per_token < 5.8
       (9, True)
     """
+    total, count = record_losses(config, params, dataset, batch_size)
+    mean = total.sum() / max(count.sum(), 1.0)
+    residual = total - mean * count
+    error = np.sqrt(np.sum(residual**2)) / max(count.sum(), 1.0)
+    return HeldOutLoss(float(mean), float(error), len(dataset), int(count.sum()))
+
+
+def record_losses(
+    config: DecoderConfig, params: PyTree, dataset: TrainingData, batch_size: int = 64
+) -> tuple[np.ndarray, np.ndarray]:
+    """Summed loss and number of predicted tokens of every record.
+
+    Returns:
+      float64[N] in nats, float64[N].
+
+    Example:
+      >>> from dpjax.data import Record, byte_tokenizer, dataset_from_records
+      >>> from dpjax.models import decoder_config, init_params
+      >>> data = dataset_from_records([Record("hello"), Record("hi")], byte_tokenizer(), 8)
+      >>> config = decoder_config("nano", byte_tokenizer().vocabulary_size)
+      >>> losses, counts = record_losses(config, init_params(config, jax.random.key(0)), data)
+      >>> print(counts, bool(losses[0] > losses[1]))
+      [6. 3.] True
+    """
     totals, counts = [], []
     for start in range(0, len(dataset), batch_size):
         rows = np.arange(start, start + batch_size)
@@ -56,11 +80,7 @@ def held_out_loss(
         total, count = _sums(config, params, dataset.take(np.where(inside, rows, start)))
         totals.append(np.asarray(total, np.float64)[inside])
         counts.append(np.asarray(count, np.float64)[inside])
-    total, count = np.concatenate(totals), np.concatenate(counts)
-    mean = total.sum() / max(count.sum(), 1.0)
-    residual = total - mean * count
-    error = np.sqrt(np.sum(residual**2)) / max(count.sum(), 1.0)
-    return HeldOutLoss(float(mean), float(error), len(dataset), int(count.sum()))
+    return np.concatenate(totals), np.concatenate(counts)
 
 
 @functools.partial(jax.jit, static_argnames="config")

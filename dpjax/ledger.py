@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import dp_accounting
@@ -213,6 +214,30 @@ class Ledger:
         """Records why a run ended ("completed" or "budget"); once per run."""
         if not any(r["kind"] == "end" and r["run"] == run for r in self.records):
             self._append("end", run=run, reason=reason)
+
+    def reveal_canaries(self, run: int, secret: bytes, included: Sequence[bool]) -> None:
+        """Records the coins of an audit, after the run and before anything is made of the scores.
+
+        Args:
+          secret: whose hash is in the run's plan (``config["audit"]["commitment"]``).
+          included: the coins, which follow from the secret.
+
+        Raises:
+          DpjaxError: the run has no such commitment, has not ended, or was revealed otherwise.
+        """
+        bits = "".join("1" if coin else "0" for coin in included)
+        for record in self.records:
+            if record["kind"] == "canaries" and record["run"] == run:
+                if (record["secret"], record["included"]) != (secret.hex(), bits):
+                    raise DpjaxError(
+                        f"run {run} was revealed with other coins in ledger {self._path}"
+                    )
+                return
+        if not any(r["kind"] == "end" and r["run"] == run for r in self.records):
+            raise DpjaxError(
+                f"run {run} has not ended; coins that are revealed earlier prove nothing"
+            )
+        self._append("canaries", run=run, secret=secret.hex(), included=bits)
 
     @property
     def num_runs(self) -> int:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jax_privacy import auditing as statistics
 from scipy import special, stats
 
 from dpjax import accounting
@@ -324,6 +323,8 @@ def clopper_pearson(
             raise DpjaxError(f"{name} is {right} of {of} runs; it must be 0 to that, of at least 1")
     _check(None, delta, confidence, num_tried)
     significance = (1 - confidence) / num_tried
+    # Here, because the import takes seconds.
+    from jax_privacy import auditing as statistics
 
     def bound(hits: int, alarms: int) -> float:
         auditor = statistics.CanaryScoreAuditor(
@@ -434,9 +435,6 @@ def audit_coins(
     """
     scores, included = check_scores("scores", scores), np.asarray(included)
     fractions: Sequence[float] = GUESS_FRACTIONS if guess_fraction is None else (guess_fraction,)
-    family = None
-    if mechanism is not None and mechanism.is_private:
-        family = mechanism_family(mechanism, delta)
     best: dict[str, EpsilonBound] = {}
     for fraction in fractions:
         if not 0 < fraction <= 1:
@@ -448,22 +446,25 @@ def audit_coins(
             one_run(guesses, delta, confidence, num_tried=tried),
             one_run_gaussian(guesses, delta, confidence, num_tried=tried),
         ]
-        if family is not None and mechanism is not None:
-            found.append(
-                one_run_profile(
-                    guesses,
-                    family,
-                    mechanism.noise_multiplier or 0.0,
-                    delta,
-                    confidence,
-                    num_tried=tried,
-                )
-            )
         for bound in found:
             kept = best.get(bound.method)
             if kept is None or bound.epsilon_lower > kept.epsilon_lower:
                 best[bound.method] = bound
     bounds = list(best.values())
+    if mechanism is not None and mechanism.is_private:
+        # Slow, so only for the guesses that show most on the Gaussian curve; all were paid for.
+        shown = best["one_run_fdp_gaussian"]
+        guesses = Guesses(shown.num_canaries, shown.num_guesses or 0, shown.num_correct or 0)
+        bounds.append(
+            one_run_profile(
+                guesses,
+                mechanism_family(mechanism, delta),
+                mechanism.noise_multiplier or 0.0,
+                delta,
+                confidence,
+                num_tried=len(fractions),
+            )
+        )
     if 0 < int(np.sum(included)) < len(included):
         bounds.append(gaussian_dp(scores[included], scores[~included], delta, confidence))
     return bounds
@@ -500,7 +501,7 @@ def _bisect(refuted: Callable[[float], bool]) -> float:
 def _rule(num_tried: int) -> str:
     if num_tried == 1:
         return "fixed before"
-    return f"best of {num_tried} fixed before, significance divided by {num_tried}"
+    return f"best of {num_tried}, each paid for"
 
 
 def _check(guesses: Guesses | None, delta: float, confidence: float, num_tried: int) -> None:

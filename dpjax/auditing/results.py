@@ -79,6 +79,7 @@ def verdict(bounds: list[EpsilonBound], claimed_epsilon: float | None) -> str:
     """ "FALSIFIED" if a bound that assumes nothing is above the claim; never "verified".
 
     Bounds that rest on an assumption cannot falsify a claim: the assumption may be what is wrong.
+    "one_run_fdp_profile" can: to get as far as the claim it refutes the claimed curve itself.
 
     Example:
       >>> bound = EpsilonBound("one_run", 3.0, 5.7, 1e-5, 0.95, "fixed before", 1000)
@@ -87,5 +88,8 @@ def verdict(bounds: list[EpsilonBound], claimed_epsilon: float | None) -> str:
     """
     if claimed_epsilon is None:
         return VERDICTS[0]
-    sound = [b.epsilon_lower for b in bounds if b.assumption == "none"]
-    return VERDICTS[any(b > claimed_epsilon for b in sound)]
+    sound = any(b.epsilon_lower > claimed_epsilon for b in bounds if b.assumption == "none")
+    curve = any(
+        b.epsilon_lower >= claimed_epsilon for b in bounds if b.method == "one_run_fdp_profile"
+    )
+    return VERDICTS[sound or curve]

@@ -1,5 +1,6 @@
 """Privacy card, figures and the one-page report: what was promised, and what was measured."""
 
+from dpjax.report.audit import audit_section as audit_section
 from dpjax.report.card import CARD_VERSION as CARD_VERSION
 from dpjax.report.card import build_card as build_card
 from dpjax.report.figures import Curve as Curve

@@ -6,6 +6,7 @@ import math
 import platform
 from typing import Any
 
+from dpjax.report.audit import NOT_AUDITED
 from dpjax.report.evidence import (
     FALSE_POSITIVE_RATE,
     NO_GUARANTEE,
@@ -19,7 +20,7 @@ from dpjax.report.evidence import (
 from dpjax.report.hazards import find_hazards
 from dpjax.report.inputs import VIEWS, CardInputs
 
-CARD_VERSION = "1.0"
+CARD_VERSION = "1.1"
 UNBOUNDED = "unbounded"
 
 _PACKAGES = ("dpjax", "jax", "jaxlib", "flax", "optax", "numpy", "dp-accounting")
@@ -122,11 +123,7 @@ def build_card(inputs: CardInputs, created: datetime.datetime | None = None) -> 
             {**entry, **{key: finite(entry[key]) for key in ("value", "low", "high")}}
             for entry in inputs.utility
         ],
-        "audit": {
-            "performed": False,
-            "epsilon_lower": None,
-            "verdict": "not audited",
-        },
+        "audit": dict(NOT_AUDITED if inputs.audit is None else inputs.audit),
         "software": {
             "package": "dpjax",
             "versions": {name: _version(name) for name in _PACKAGES}

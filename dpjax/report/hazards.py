@@ -23,7 +23,7 @@ def find_hazards(
     found = _void(inputs, evidence)
     if inputs.mechanism.is_private:
         found += [*_unit(inputs), *_size(inputs), *_key(inputs)]
-    found += [*_budget(inputs, evidence, bounds, total), *_handling(inputs)]
+    found += [*_budget(inputs, evidence, bounds, total), *_handling(inputs), *_audit(inputs)]
     order = ("void", "warning", "note")
     return sorted(found, key=lambda hazard: order.index(hazard.severity))
 
@@ -46,6 +46,17 @@ def _void(inputs: CardInputs, evidence: Evidence) -> list[Hazard]:
         text = "No total can be stated: " + "; ".join(evidence.other_runs) + "."
         found.append(Hazard("ledger_total_unknown", "void", text))
     return found
+
+
+def _audit(inputs: CardInputs) -> list[Hazard]:
+    audit = inputs.audit
+    if audit is None or audit["verdict"] != "FALSIFIED":
+        return []
+    text = (
+        f"The audit contradicts the claim: {audit['words']} Something in this run is not what it "
+        "says; do not rely on epsilon before it is found."
+    )
+    return [Hazard("audit_above_claim", "void", text)]
 
 
 def _unit(inputs: CardInputs) -> list[Hazard]:

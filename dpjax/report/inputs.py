@@ -61,6 +61,7 @@ class CardInputs:
       utility: dicts with "metric", "split", "value", "low", "high" (interval or None), "n",
         "covered" (whether epsilon covers the number), and optionally "model" and "unit". A number
         that is not finite is null on the card.
+      audit: from `dpjax.report.audit_section`; None if nothing was audited.
 
     Raises:
       DpjaxError: an impossible value, with the value and the remedy.
@@ -112,6 +113,7 @@ class CardInputs:
     )
     trials_outside_ledger: int | None = None
     utility: tuple[dict[str, Any], ...] = ()
+    audit: dict[str, Any] | None = None
 
     def __post_init__(self):
         accounting.check_delta(self.delta)

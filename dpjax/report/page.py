@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpjax.report.audit import ATTACK_COLUMNS, BOUND_COLUMNS, attack_rows, bound_rows
 from dpjax.report.card import round_up
 from dpjax.report.figures import Curve, epsilon_figure, loss_figure
 from dpjax.report.files import validate_card, write_whole
+from dpjax.report.inputs import VIEWS
 from dpjax.report.style import STYLE
 
 
@@ -98,6 +100,7 @@ required property; build it with dpjax.report.build_card
         _owner_banner() if private else "",
         _claim(card),
         _hazards(card),
+        _audit(card),
         _figures(card, curves),
         *(_table(table) for table in tables),
         _utility(card),
@@ -201,6 +204,25 @@ def _hazards(card: dict[str, Any]) -> str:
         for h in card["hazards"]
     )
     return f"<section><h2>Hazards</h2><ul class='hazards'>{items}</ul></section>"
+
+
+def _audit(card: dict[str, Any]) -> str:
+    audit = card["audit"]
+    if not audit["performed"]:
+        return ""
+    seen = (
+        f"{audit['num_canaries']:,} canaries ({audit['canary_kind']}), each in with probability "
+        f"{audit['inclusion_probability']:g}; view {audit['threat_view']}: "
+        f"{VIEWS[audit['threat_view']]}."
+    )
+    parts = [
+        f"<section class='audit'><h2>Audit: {_text(audit['verdict'])}</h2>"
+        f"<p>{_text(audit['words'])}</p><p>{_text(seen)}</p></section>",
+        _small_table("Lower bounds on epsilon", BOUND_COLUMNS, bound_rows(audit)),
+    ]
+    if audit["attacks"]:
+        parts.append(_small_table("Attacks", ATTACK_COLUMNS, attack_rows(audit)))
+    return "".join(parts)
 
 
 def _figures(card: dict[str, Any], curves: Sequence[Curve]) -> str:

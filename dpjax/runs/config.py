@@ -112,6 +112,10 @@ class TrainConfig:
     weight_decay: float = 0.0
     """For adam."""
 
+    audit_canaries: int = 0
+    """Random-token canaries of which fair coins put about half among the records, so that `dpjax
+    audit run` can bound epsilon from below. 1000 can show at most 5.78; they cost some utility."""
+
     seed: int | None = None
     """Fixes all randomness, for research: a known seed means no guarantee in the real world.
     Default: fresh from the operating system, kept secret."""
@@ -188,8 +192,14 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.adamw(schedule, b1=0.9, b2=0.99, weight_decay=config.weight_decay)
 
 
-def make_mechanism(config: TrainConfig, population: int) -> DPSGD:
+def make_mechanism(
+    config: TrainConfig, population: int, expected_population: float | None = None
+) -> DPSGD:
     """The mechanism a configuration asks for, over ``population`` training examples.
+
+    Args:
+      expected_population: what the sampling probability is reckoned with, where coins decide on
+        some of the examples: it must not depend on them. Default: ``population``.
 
     Example:
       >>> mechanism = make_mechanism(TrainConfig(data="notes.jsonl"), population=10_000)
@@ -198,7 +208,8 @@ def make_mechanism(config: TrainConfig, population: int) -> DPSGD:
     """
     if config.expected_batch_size < 1:
         raise DpjaxError(f"expected_batch_size is {config.expected_batch_size}; use at least 1")
-    batch = min(config.expected_batch_size, population)
+    nominal = population if expected_population is None else expected_population
+    batch = min(config.expected_batch_size, int(nominal))
     private = config.noise_multiplier != 0
     by_target = config.noise_multiplier is None
     if by_target and config.target_epsilon is None:
@@ -211,7 +222,7 @@ def make_mechanism(config: TrainConfig, population: int) -> DPSGD:
         accounting.check_delta(delta, population)
     return DPSGD(
         l2_clip_norm=config.l2_clip_norm,
-        sampling_probability=batch / population,
+        sampling_probability=batch / nominal,
         iterations=config.iterations,
         noise_multiplier=config.noise_multiplier,
         target_epsilon=config.target_epsilon if by_target else None,

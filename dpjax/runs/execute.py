@@ -116,6 +116,7 @@ def ledger_facts(run: Run) -> dict[str, Any]:
         "config_sha256": run.config_sha256,
         "data_sha256": run.facts["data_sha256"],
         "versions": run.facts["versions"],
+        **({"audit": run.facts["audit"]} if "audit" in run.facts else {}),
     }
 
 

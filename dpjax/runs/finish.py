@@ -140,6 +140,17 @@ def held_out_curve(done: Finished) -> Curve:
     return Curve(done.training_curve.name, iterations, values, "held out")
 
 
+def read_audit(run: Run, sha256: str) -> dict[str, Any] | None:
+    """What `dpjax audit run` found about this very model; None if it was not audited."""
+    path = run.folder / "audit.json"
+    if not path.exists():
+        return None
+    saved = read_json(path, f"{path} is missing")
+    if saved.get("params_sha256") != sha256 or not isinstance(saved.get("section"), dict):
+        raise DpjaxError(f"{path} is of another model; remove it and run `dpjax audit run` again")
+    return saved["section"]
+
+
 def _trained(run: Run) -> str:
     """Which parameters training changed, in words."""
     config, tuning = run.config, tuning_of(run.config)
@@ -220,4 +231,5 @@ def card_inputs(
             "evaluation on held-out records",
         ),
         utility=(utility("before training", before), utility("after training", after)),
+        audit=read_audit(run, sha256),
     )

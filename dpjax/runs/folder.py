@@ -2,6 +2,7 @@
 
 run.json           the configuration and facts to compare on resume (public)
 ledger.jsonl       every release, hash-chained (public)
+audit.secret       decides the audit's canaries and coins: secret until `dpjax audit run`
 checkpoints/       state with the noise key: secret, for resuming only
 metrics.jsonl      training losses: private, not covered by epsilon
 model/             the parameters to release
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import optax
 
+from dpjax.auditing.coins import CoinCanaries, coin_canaries, commitment, with_canaries
 from dpjax.checkpoint import digest
 from dpjax.data import Dataset, UserDataset
 from dpjax.errors import DpjaxError
@@ -51,6 +53,8 @@ class Run:
     held_out: Dataset
     facts: dict[str, Any]
     identifier: str
+    canaries: CoinCanaries | None = None
+    audit_secret: bytes | None = None
 
     @property
     def start(self) -> Model:
@@ -78,7 +82,12 @@ class Run:
         return pathlib.Path(self.config.ledger or self.folder / "ledger.jsonl")
 
 
-def _facts(config: TrainConfig, start: Start, training: Dataset | UserDataset) -> dict[str, Any]:
+def _facts(
+    config: TrainConfig,
+    start: Start,
+    training: Dataset | UserDataset,
+    secret: bytes | None,
+) -> dict[str, Any]:
     """What a resumed run must find unchanged; nothing in it depends on noise or keys."""
     facts = {
         "config": dataclasses.asdict(config),
@@ -88,6 +97,8 @@ def _facts(config: TrainConfig, start: Start, training: Dataset | UserDataset) -
         "versions": {name: importlib.metadata.version(name) for name in ("dpjax", "jax", "optax")},
         "platform": jax.default_backend(),
     }
+    if secret is not None:
+        facts["audit"] = {"canaries": config.audit_canaries, "commitment": commitment(secret)}
     # As a file would give them back: tuples are lists there.
     return json.loads(json.dumps(facts))
 
@@ -102,6 +113,14 @@ def open_run(config: TrainConfig, folder: pathlib.Path) -> Run:
     training, held_out = make_datasets(config, start.tokenizer)
     training.validate(start.config.vocabulary_size)
     held_out.validate(start.config.vocabulary_size)
+    real, secret, canaries = len(training), None, None
+    if config.audit_canaries:
+        secret = _audit_secret(config, folder)
+        rows = training.tokens.shape[1] if isinstance(training, UserDataset) else 1
+        canaries = coin_canaries(
+            secret, config.audit_canaries, start.tokenizer, config.sequence_length, rows
+        )
+        training = with_canaries(training, canaries)
     longest = start.config.max_positions
     if start.config.positions == "learned" and config.sequence_length > longest:
         raise DpjaxError(
@@ -111,13 +130,32 @@ def open_run(config: TrainConfig, folder: pathlib.Path) -> Run:
         folder,
         config,
         point,
-        make_mechanism(config, len(training)),
+        make_mechanism(config, len(training), real + config.audit_canaries / 2),
         make_optimizer(config),
         training,
         held_out,
-        _facts(config, point, training),
+        _facts(config, point, training, secret),
         secrets.token_hex(8),
+        canaries,
+        secret,
     )
+
+
+def _audit_secret(config: TrainConfig, folder: pathlib.Path) -> bytes:
+    """What the folder keeps, or a new one; from the seed if there is one."""
+    path = folder / "audit.secret"
+    if path.exists():
+        try:
+            secret = bytes.fromhex(path.read_text(encoding="ascii").strip())
+            commitment(secret)
+        except (ValueError, DpjaxError):
+            raise DpjaxError(f"{path} is corrupt; restore the file") from None
+        return secret
+    if (folder / "run.json").exists():
+        raise DpjaxError(f"{path} is missing; without it nobody knows which canaries are in")
+    if config.seed is not None:
+        return hashlib.sha256(f"dpjax audit {config.seed}".encode()).digest()
+    return secrets.token_bytes(32)
 
 
 def create(run: Run) -> None:
@@ -127,6 +165,9 @@ def create(run: Run) -> None:
             f"{run.folder} already holds a run; continue it with `dpjax resume {run.folder}` or "
             "choose another --output"
         )
+    if run.audit_secret is not None:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_private(run.folder / "audit.secret", run.audit_secret.hex() + "\n")
     write_json(run.folder / "run.json", {**run.facts, "identifier": run.identifier})
 
 
@@ -169,6 +210,18 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
     """Writes a JSON object, whole or not at all."""
     write_whole(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_private(path: pathlib.Path, text: str) -> None:
+    """Writes a file that only its owner may read."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise DpjaxError(f"{path} cannot be written ({error.strerror}); check the folder") from None
 
 
 def read_json(path: pathlib.Path, missing: str) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def test_several_numbers_of_guesses_pay_for_the_choice():
     harder = one_run(Guesses(1000, 100, 90), 1e-5, 1 - 0.05 / 6)
     assert several.epsilon_lower == pytest.approx(harder.epsilon_lower, abs=1e-6)
     assert several.epsilon_lower < one.epsilon_lower and several.ceiling < one.ceiling
-    assert one.threshold_rule == "fixed before" and "divided by 6" in several.threshold_rule
+    assert one.threshold_rule == "fixed before" and "best of 6" in several.threshold_rule
     rng = np.random.default_rng(0)
     included = rng.random(300) < 0.5
     scores = rng.normal(size=300)

@@ -1,0 +1,202 @@
+"""`dpjax audit`: coins in the training loop, kept by the ledger, guessed from the model."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from dpjax.auditing.coins import coin_canaries, commitment, with_canaries
+from dpjax.data import Record, by_user, byte_tokenizer, dataset_from_records
+from dpjax.errors import DpjaxError
+from dpjax.ledger import Ledger
+from dpjax.report import read_card
+from dpjax.runs import commands
+from dpjax.runs.audit import AuditRunConfig, audit_run
+from dpjax.runs.config import TrainConfig, make_mechanism
+from dpjax.runs.folder import open_run, reopen
+
+SECRET = bytes(range(32))
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion(strict_arithmetic):
+    """Optax's Adam multiplies by Python powers of an int32 count."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "notes.jsonl"
+    rng = np.random.default_rng(0)
+    lines = [{"text": f"note {rng.integers(1000)} of the day", "user": f"u{i % 50}"}
+             for i in range(120)]  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def config(records, folder, **changes):
+    fields = {
+        "data": str(records),
+        "output": str(folder),
+        "user_field": "user",
+        "sequence_length": 12,
+        "iterations": 40,
+        "expected_batch_size": 32,
+        "microbatch_size": 32,
+        "audit_canaries": 100,
+        "seed": 0,
+        "noise_multiplier": 0.0,
+        "l2_clip_norm": math.inf,
+        "sampling": "shuffled",
+    }
+    return TrainConfig(**fields | changes)
+
+
+def test_coins_follow_from_the_secret_alone():
+    first = coin_canaries(SECRET, 1000, byte_tokenizer(), 8)
+    again = coin_canaries(SECRET, 1000, byte_tokenizer(), 8)
+    other = coin_canaries(SECRET[::-1], 1000, byte_tokenizer(), 8)
+    np.testing.assert_array_equal(first.tokens, again.tokens)
+    np.testing.assert_array_equal(first.included, again.included)
+    assert abs(int(first.included.sum()) - 500) < 64  # four standard deviations
+    assert 0.3 < np.mean(first.included == other.included) < 0.7
+    # Uniform over the ordinary tokens, from which a model can learn nothing but the canary.
+    counts = np.bincount(first.tokens[..., 1:].ravel(), minlength=259)
+    assert counts[256:].sum() == 0 and counts[:256].min() > 5 and counts[:256].max() < 60
+    assert commitment(SECRET) != commitment(SECRET[::-1]) and SECRET.hex() not in commitment(SECRET)
+
+
+def test_only_included_canaries_are_in_the_data():
+    texts = [Record(f"text {i}", f"u{i}") for i in range(5)]
+    data = dataset_from_records(texts, byte_tokenizer(), 8)
+    canaries = coin_canaries(SECRET, 50, byte_tokenizer(), 8)
+    mixed = with_canaries(data, canaries)
+    assert len(mixed) == 5 + canaries.included.sum()
+    np.testing.assert_array_equal(mixed.tokens[:5], data.tokens)
+    np.testing.assert_array_equal(mixed.tokens[5:], canaries.tokens[canaries.included, 0])
+    assert len(set(mixed.people().tolist())) == len(mixed)
+    people = by_user(data, 3)
+    of_people = coin_canaries(SECRET, 50, byte_tokenizer(), 8, rows=3)
+    mixed = with_canaries(people, of_people)
+    assert mixed.tokens.shape == (5 + of_people.included.sum(), 3, 8)
+    with pytest.raises(DpjaxError, match="make them alike"):
+        with_canaries(people, canaries)
+
+
+def test_sampling_probability_does_not_depend_on_the_coins(records, tmp_path):
+    drawn = {
+        open_run(config(records, tmp_path / str(seed), seed=seed, noise_multiplier=1.0,
+                        l2_clip_norm=1.0, sampling="poisson"), tmp_path / str(seed))
+        .mechanism.sampling_probability
+        for seed in range(3)
+    }  # fmt: skip
+    assert len(drawn) == 1
+    plan = make_mechanism(TrainConfig(data="x", expected_batch_size=10), 90, 100)
+    assert plan.sampling_probability == 0.1 and plan.population == 90
+
+
+@pytest.fixture(scope="module")
+def plain(records, tmp_path_factory):
+    """Trained without privacy until it knows the canaries."""
+    folder = tmp_path_factory.mktemp("runs") / "plain"
+    with jax.numpy_dtype_promotion("standard"):
+        commands.train(config(records, folder, learning_rate=1e-2, iterations=100))
+    return folder
+
+
+def test_a_model_that_memorised_is_seen_through(plain):
+    ledger = plain / "ledger.jsonl"
+    before = [json.loads(line) for line in ledger.read_text().splitlines()]
+    secret = bytes.fromhex((plain / "audit.secret").read_text().strip())
+    assert (plain / "audit.secret").stat().st_mode & 0o077 == 0
+    assert before[0]["config"]["audit"] == {"canaries": 100, "commitment": commitment(secret)}
+    assert secret.hex() not in ledger.read_text() and "included" not in ledger.read_text()
+    done = audit_run(AuditRunConfig(str(plain), guess_fraction=0.5))
+    audit = read_card(plain / "card.json")["audit"]
+    assert audit == done.card["audit"]
+    one_run = audit["bounds"][0]
+    assert one_run["method"] == "one_run" and one_run["num_guesses"] == 50
+    assert one_run["num_correct"] >= 47 and 1.2 < one_run["epsilon_lower"] < one_run["ceiling"]
+    assert audit["claimed_epsilon"] is None and audit["verdict"] == "not falsified"
+    assert "Audit: not falsified" in (plain / "report.html").read_text()
+    # Revealed once, after the end; again with the same coins.
+    after = [json.loads(line) for line in ledger.read_text().splitlines()]
+    assert after[: len(before)] == before and after[-1]["kind"] == "canaries"
+    bits = [bit == "1" for bit in after[-1]["included"]]
+    assert bits == reopen(plain).canaries.included.tolist()
+    audit_run(AuditRunConfig(str(plain)))
+    assert len(ledger.read_text().splitlines()) == len(after)
+
+
+def test_the_same_run_with_noise_stays_below_its_claim(records, tmp_path):
+    folder = tmp_path / "private"
+    commands.train(
+        config(records, folder, noise_multiplier=4.0, l2_clip_norm=1.0, sampling="poisson",
+               iterations=20, learning_rate=1e-2)
+    )  # fmt: skip
+    done = audit_run(AuditRunConfig(str(folder), guess_fraction=0.5))
+    audit = done.card["audit"]
+    assert audit["verdict"] == "not falsified"
+    assert audit["epsilon_lower"] < audit["claimed_epsilon"]
+    assert {b["method"] for b in audit["bounds"]} == {
+        "one_run", "one_run_fdp_gaussian", "one_run_fdp_profile", "gaussian_dp"
+    }  # fmt: skip
+    assert all(b["epsilon_lower"] <= b["ceiling"] for b in audit["bounds"])
+
+
+def test_a_claim_that_is_not_kept_is_falsified(plain, records, tmp_path):
+    """The weights of the run without noise, passed off as those of one with epsilon below 1."""
+    folder = tmp_path / "liar"
+    commands.train(
+        config(records, folder, noise_multiplier=20.0, l2_clip_norm=1.0, sampling="poisson",
+               iterations=3)
+    )  # fmt: skip
+    from dpjax.artifact import load_model, save_model
+
+    sha256 = save_model(folder / "model", load_model(plain / "model"))
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    (folder / "evaluation.json").write_text(json.dumps(evaluation | {"params_sha256": sha256}))
+    done = audit_run(AuditRunConfig(str(folder), guess_fraction=0.5))
+    assert done.card["audit"]["verdict"] == "FALSIFIED"
+    assert done.card["hazards"][0]["code"] == "audit_above_claim"
+    page = (folder / "report.html").read_text()
+    assert "Audit: FALSIFIED" in page and "contradicts the claim" in page
+
+
+def test_other_coins_than_promised_are_refused(plain, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(plain, copy)
+    (copy / "audit.secret").write_text("00" * 32 + "\n")
+    with pytest.raises(DpjaxError):
+        audit_run(AuditRunConfig(str(copy)))
+    (copy / "audit.secret").unlink()
+    with pytest.raises(DpjaxError, match=r"audit\.secret is missing"):
+        audit_run(AuditRunConfig(str(copy)))
+    (copy / "audit.secret").write_text("not hex")
+    with pytest.raises(DpjaxError, match="is corrupt"):
+        audit_run(AuditRunConfig(str(copy)))
+
+
+def test_a_run_without_canaries_cannot_be_audited(records, tmp_path):
+    commands.train(config(records, tmp_path / "none", audit_canaries=0, iterations=1))
+    with pytest.raises(DpjaxError, match="--audit-canaries"):
+        audit_run(AuditRunConfig(str(tmp_path / "none")))
+
+
+def test_coins_are_not_revealed_before_the_end(tmp_path):
+    mechanism = make_mechanism(TrainConfig(data="x", noise_multiplier=1.0), 1000)
+    with Ledger.open(tmp_path / "ledger.jsonl") as ledger:
+        run = ledger.start_run(mechanism, 1000, {})
+        with pytest.raises(DpjaxError, match="has not ended"):
+            ledger.reveal_canaries(run, SECRET, [True])
+        ledger.end_run(run, "completed")
+        ledger.reveal_canaries(run, SECRET, [True, False])
+        ledger.reveal_canaries(run, SECRET, [True, False])
+        with pytest.raises(DpjaxError, match="other coins"):
+            ledger.reveal_canaries(run, SECRET, [True, True])
+        assert ledger.records[-1]["included"] == "10"
