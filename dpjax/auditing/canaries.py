@@ -6,7 +6,7 @@ come from one distribution, so that nothing but training can tell them apart.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -113,10 +113,10 @@ def random_token_canaries(
     if np.unique(chosen).size != chosen.size:
         raise DpjaxError("alphabet names an id twice; name each once: draws are uniform over it")
     bits = length * math.log2(chosen.size)
-    if bits < math.log2(num + num_held_out):
+    if chosen.size**length < num + num_held_out:
         raise DpjaxError(
             f"{num + num_held_out} distinct canaries of {length} tokens from {chosen.size} ids "
-            f"need more than {bits:.1f} bits; make them longer or fewer"
+            f"do not fit {bits:.1f} bits; make them longer or fewer"
         )
     secrets = _distinct_rows(num + num_held_out, length, chosen.size, np.random.default_rng(seed))
     prefix = np.broadcast_to(np.array(head, np.int32), (len(secrets), len(head)))
@@ -238,7 +238,7 @@ def new_token_canaries(
 
 
 def unused_token_ids(
-    dataset: Dataset, vocabulary_size: int, special_ids: Sequence[int] = ()
+    dataset: Dataset, vocabulary_size: int, special_ids: Iterable[int] = ()
 ) -> np.ndarray:
     """Ids of the vocabulary that no example of the data set holds, int64, ascending.
 
@@ -253,10 +253,8 @@ def unused_token_ids(
       >>> unused_token_ids(data, 5, [0])
       array([3, 4])
     """
-    used = np.zeros(vocabulary_size, bool)
-    used[dataset.tokens[dataset.loss_mask]] = True
-    used[np.array(list(special_ids), np.int64)] = True
-    return np.flatnonzero(~used)
+    used = np.unique(dataset.tokens[dataset.loss_mask])
+    return np.setdiff1d(np.arange(vocabulary_size), [*used, *special_ids])
 
 
 def extend_vocabulary(

@@ -40,8 +40,8 @@ def insert(target: Any, canaries: CanarySet, included: Any = None, *, seed: int)
 
     Args:
       target: records (for natural canaries), a `Dataset` of token rows (for token canaries: each
-        repetition is a row of the canary's person), or a `UserDataset` (each canary is one person,
-        whose whole contribution are its repetitions).
+        repetition is a row of the canary's person, padded, without an end token), or a
+        `UserDataset` (each canary is one person, whose whole contribution are its repetitions).
       canaries: what to put in.
       included: bool[N], e.g. `fair_coins`; default all.
       seed: for the places; they do not depend on the canaries.

@@ -6,10 +6,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy import stats
 
-from dpjax import clipped_grad
+from dpjax import DPSGD, clipped_grad, fit, init_state
 from dpjax.auditing.canaries import (
     canary_losses,
     extend_vocabulary,
@@ -161,6 +162,9 @@ class TestNaturalAndNewTokens:
         found = unused_token_ids(rows(num=2), 20, [19])
         # Rows hold 0-5 and 8-13; 256 is padding, masked.
         assert found.tolist() == [6, 7, 14, 15, 16, 17, 18]
+        assert TOKENIZER.special_ids.isdisjoint(
+            unused_token_ids(rows(), 259, TOKENIZER.special_ids)
+        )
 
     @pytest.mark.parametrize("tied, dtype", [(True, "float32"), (False, "bfloat16")])
     def test_extended_vocabulary(self, tied, dtype):
@@ -425,6 +429,28 @@ class TestGradientCanaries:
             loss_fn(PARAMS, {"x": jnp.ones(3)})
         with pytest.raises(DpjaxError, match="at least 1"):
             random_directions(PARAMS, 0, jax.random.key(0))
+
+
+def test_scores_through_the_training_loop():
+    """Included canaries score clip norm + noise, the others noise alone; 2/3 and 3/2 would fail."""
+    num, noise = 800, 0.4
+    params = {"b": jnp.zeros(100), "w": jnp.zeros((30, 30))}
+    directions = dirac_directions(params, num, jax.random.key(0))
+    loss_fn = with_gradient_canaries(
+        lambda p, e: jnp.sum(p["w"][0]) * e["x"], directions, scale=20.0
+    )
+    included = fair_coins(num, jax.random.key(1))
+    data = CanaryRows(ArrayDataset({"x": np.zeros(5, np.float32)}), included)
+    # Everything is drawn in every iteration, so that a score depends on the coin and noise alone.
+    mechanism = DPSGD(0.5, 1.0, 1, noise_multiplier=noise, population=len(data))
+    optimizer = optax.sgd(1.0)
+    state = init_state(mechanism, params, optimizer, jax.random.key(2))
+    (after, _), *_ = fit(state, mechanism, loss_fn, optimizer, data)
+    scores = canary_scores(jax.tree.map(jnp.subtract, params, after.params), directions)
+    assert scores[included].mean() == pytest.approx(0.5, rel=0.1)
+    assert scores[~included].mean() == pytest.approx(0.0, abs=0.05)
+    for part in (scores[included], scores[~included]):
+        assert part.std() == pytest.approx(noise * 0.5, rel=0.15)
 
 
 class TestCanaryRows:
