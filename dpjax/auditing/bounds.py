@@ -236,7 +236,7 @@ def one_run_profile(
     """
     _check(guesses, delta, confidence, num_tried)
 
-    def search(kind: Guesses) -> float:
+    def search(kind: Guesses, tolerance: float) -> float:
         def refuted(noise: float) -> bool:
             return rejects_trade_off(family(noise)[0], kind, confidence, num_tried=num_tried)
 
@@ -259,8 +259,8 @@ def one_run_profile(
 
     return EpsilonBound(
         "one_run_fdp_profile",
-        search(guesses),
-        search(_all_right(guesses)),
+        search(guesses, tolerance),
+        search(_all_right(guesses), max(tolerance, 0.25)),
         delta,
         confidence,
         _rule(num_tried),

@@ -9,11 +9,10 @@ import tyro
 from rich.table import Table
 
 from dpjax.auditing.bounds import audit_coins
+from dpjax.auditing.canaries import canary_losses
 from dpjax.auditing.coins import commitment
 from dpjax.auditing.step import SCENARIOS, audit_step, own_step
-from dpjax.data import Dataset
 from dpjax.errors import DpjaxError
-from dpjax.evaluation import record_losses
 from dpjax.ledger import Ledger
 from dpjax.mechanism import DPSGD, Sampling
 from dpjax.models import Model
@@ -148,19 +147,15 @@ def audit_run(config: AuditRunConfig) -> Finished:
 def coin_scores(run: Run, model: Model) -> np.ndarray:
     """Loss under the start model minus loss under the final one, float64[m], in nats."""
     assert run.canaries is not None
-    tokens = run.canaries.tokens
-    count, rows, length = tokens.shape
-    flat = tokens.reshape(count * rows, length)
-    data = Dataset(flat, np.ones(flat.shape, bool), np.full(len(flat), -1))
     batch = 64 if model.config.vocabulary_size < 5000 else 8
     before, after = (
-        record_losses(config, params, data, batch)[0]
+        canary_losses(config, params, run.canaries.canaries, "in", batch_size=batch)
         for config, params in (
             (run.start.config, run.start.params),
             (model.config, model.params),
         )
     )
-    return (before - after).reshape(count, rows).sum(axis=1)
+    return before - after
 
 
 def audit_own_step(config: AuditStepConfig) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import optax
 
-from dpjax.auditing.coins import CoinCanaries, coin_canaries, commitment, with_canaries
+from dpjax.auditing.coins import CoinCanaries, coin_canaries, commitment, with_coin_canaries
 from dpjax.checkpoint import digest
 from dpjax.data import Dataset, UserDataset
 from dpjax.errors import DpjaxError
@@ -120,7 +120,7 @@ def open_run(config: TrainConfig, folder: pathlib.Path) -> Run:
         canaries = coin_canaries(
             secret, config.audit_canaries, start.tokenizer, config.sequence_length, rows
         )
-        training = with_canaries(training, canaries)
+        training = with_coin_canaries(training, canaries)
     longest = start.config.max_positions
     if start.config.positions == "learned" and config.sequence_length > longest:
         raise DpjaxError(

@@ -192,7 +192,7 @@ def test_profile_bound_is_the_gaussian_one_for_one_gaussian_release():
     expected = one_run_gaussian(guesses, 1e-5)
     assert found.epsilon_lower <= expected.epsilon_lower + 1e-6
     assert found.epsilon_lower > expected.epsilon_lower - 2e-3
-    assert found.ceiling == pytest.approx(expected.ceiling, abs=5e-3)
+    assert 0.7 * expected.ceiling < found.ceiling < expected.ceiling + 1e-6
     assert one_run_profile(Guesses(1000, 100, 50), family, 1.0, 1e-5).epsilon_lower == 0.0
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpjax.auditing.coins import coin_canaries, commitment, with_canaries
+from dpjax.auditing.coins import coin_canaries, commitment, with_coin_canaries
 from dpjax.data import Record, by_user, byte_tokenizer, dataset_from_records
 from dpjax.errors import DpjaxError
 from dpjax.ledger import Ledger
@@ -59,12 +59,12 @@ def test_coins_follow_from_the_secret_alone():
     first = coin_canaries(SECRET, 1000, byte_tokenizer(), 8)
     again = coin_canaries(SECRET, 1000, byte_tokenizer(), 8)
     other = coin_canaries(SECRET[::-1], 1000, byte_tokenizer(), 8)
-    np.testing.assert_array_equal(first.tokens, again.tokens)
+    np.testing.assert_array_equal(first.canaries.in_, again.canaries.in_)
     np.testing.assert_array_equal(first.included, again.included)
     assert abs(int(first.included.sum()) - 500) < 64  # four standard deviations
     assert 0.3 < np.mean(first.included == other.included) < 0.7
     # Uniform over the ordinary tokens, from which a model can learn nothing but the canary.
-    counts = np.bincount(first.tokens[..., 1:].ravel(), minlength=259)
+    counts = np.bincount(first.canaries.in_[:, 1:].ravel(), minlength=259)
     assert counts[256:].sum() == 0 and counts[:256].min() > 5 and counts[:256].max() < 60
     assert commitment(SECRET) != commitment(SECRET[::-1]) and SECRET.hex() not in commitment(SECRET)
 
@@ -73,17 +73,18 @@ def test_only_included_canaries_are_in_the_data():
     texts = [Record(f"text {i}", f"u{i}") for i in range(5)]
     data = dataset_from_records(texts, byte_tokenizer(), 8)
     canaries = coin_canaries(SECRET, 50, byte_tokenizer(), 8)
-    mixed = with_canaries(data, canaries)
+    mixed = with_coin_canaries(data, canaries)
     assert len(mixed) == 5 + canaries.included.sum()
-    np.testing.assert_array_equal(mixed.tokens[:5], data.tokens)
-    np.testing.assert_array_equal(mixed.tokens[5:], canaries.tokens[canaries.included, 0])
+    present = {tuple(row) for row in mixed.tokens.tolist()}
+    expected = {tuple(row) for row in canaries.canaries.in_[canaries.included].tolist()}
+    assert present == expected | {tuple(row) for row in data.tokens.tolist()}
     assert len(set(mixed.people().tolist())) == len(mixed)
     people = by_user(data, 3)
     of_people = coin_canaries(SECRET, 50, byte_tokenizer(), 8, rows=3)
-    mixed = with_canaries(people, of_people)
+    mixed = with_coin_canaries(people, of_people)
     assert mixed.tokens.shape == (5 + of_people.included.sum(), 3, 8)
-    with pytest.raises(DpjaxError, match="make them alike"):
-        with_canaries(people, canaries)
+    full = [row for row, mask in zip(mixed.tokens, mixed.loss_mask, strict=True) if mask.all()]
+    assert all((row == row[0]).all() for row in full) and len(full) == of_people.included.sum()
 
 
 def test_sampling_probability_does_not_depend_on_the_coins(records, tmp_path):
