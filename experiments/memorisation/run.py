@@ -338,7 +338,7 @@ def figure(found: dict[str, Any]) -> Any:
     axes.set_ylabel("Exposure (bits), mean and 95% interval")
     axes.grid(True, alpha=0.2, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(0.0, 0.6))
+    drawn.legend(frameon=False, loc="outside upper center", ncols=4)
     return drawn
 
 
