@@ -1,5 +1,113 @@
-"""Measuring what a model gives away."""
+"""Measuring what a model gives away: attacks, canaries, and lower bounds on epsilon.
 
+Attacks take scores or a ``(loss_fn, params)`` pair, never a trainer. Scores are higher for members.
+"""
+
+from dpjax.auditing.bounds import (
+    Guesses,
+    audit_coins,
+    clopper_pearson,
+    gaussian_dp,
+    guess_coins,
+    mechanism_family,
+    one_run,
+    one_run_gaussian,
+    one_run_profile,
+    rejects_trade_off,
+)
+from dpjax.auditing.canaries import (
+    CanarySet,
+    canary_losses,
+    extend_vocabulary,
+    natural_canaries,
+    new_token_canaries,
+    random_token_canaries,
+    unused_token_ids,
+)
+from dpjax.auditing.curves import attack_result, auc, roc_curve, tpr_at_fpr
+from dpjax.auditing.exposure import (
+    Exposure,
+    exposure_by_rank,
+    exposure_by_sampling,
+    exposure_by_skew_normal,
+    rank_space,
+)
 from dpjax.auditing.extraction import completes_secrets
+from dpjax.auditing.gradient_canaries import (
+    CanaryRows,
+    canary_scores,
+    dirac_directions,
+    random_directions,
+    with_gradient_canaries,
+)
+from dpjax.auditing.insertion import fair_coins, insert
+from dpjax.auditing.membership import (
+    distribution_check,
+    loss_score,
+    membership_attacks,
+    min_k_plus_plus_score,
+    min_k_score,
+    neighbourhood_score,
+    reference_score,
+    zlib_score,
+)
+from dpjax.auditing.results import AttackResult, EpsilonBound, Interval, verdict
+from dpjax.auditing.scoring import TokenStatistics, score_examples, token_statistics
+from dpjax.auditing.step import SCENARIOS, Scenario, StepAudit, audit_step, own_step
 
-__all__ = ["completes_secrets"]
+__all__ = [
+    "SCENARIOS",
+    "AttackResult",
+    "CanaryRows",
+    "CanarySet",
+    "EpsilonBound",
+    "Exposure",
+    "Guesses",
+    "Interval",
+    "Scenario",
+    "StepAudit",
+    "TokenStatistics",
+    "attack_result",
+    "auc",
+    "audit_coins",
+    "audit_step",
+    "canary_losses",
+    "canary_scores",
+    "clopper_pearson",
+    "completes_secrets",
+    "dirac_directions",
+    "distribution_check",
+    "exposure_by_rank",
+    "exposure_by_sampling",
+    "exposure_by_skew_normal",
+    "extend_vocabulary",
+    "fair_coins",
+    "gaussian_dp",
+    "guess_coins",
+    "insert",
+    "loss_score",
+    "mechanism_family",
+    "membership_attacks",
+    "min_k_plus_plus_score",
+    "min_k_score",
+    "natural_canaries",
+    "neighbourhood_score",
+    "new_token_canaries",
+    "one_run",
+    "one_run_gaussian",
+    "one_run_profile",
+    "own_step",
+    "random_directions",
+    "random_token_canaries",
+    "rank_space",
+    "reference_score",
+    "rejects_trade_off",
+    "roc_curve",
+    "score_examples",
+    "token_statistics",
+    "tpr_at_fpr",
+    "unused_token_ids",
+    "verdict",
+    "with_gradient_canaries",
+    "zlib_score",
+]

@@ -132,6 +132,8 @@ def attack_result(
 ) -> AttackResult:
     """AUC and true-positive rates at 1% and 0.1% false positives, with intervals.
 
+    The scores themselves are kept in ``details["scores"]``, for figures; they are private.
+
     A rate that these non-members are too few to resolve is left out, and the result says so.
 
     Example:
@@ -153,7 +155,7 @@ def attack_result(
         len(in_scores),
         len(out_scores),
         tuple(notes),
-        dict(details or {}),
+        {"scores": (in_scores, out_scores), **(details or {})},
     )
 
 

@@ -6,6 +6,7 @@ from dpjax.report.card import build_card as build_card
 from dpjax.report.figures import Curve as Curve
 from dpjax.report.figures import epsilon_figure as epsilon_figure
 from dpjax.report.figures import loss_figure as loss_figure
+from dpjax.report.figures import roc_figure as roc_figure
 from dpjax.report.files import card_schema as card_schema
 from dpjax.report.files import read_card as read_card
 from dpjax.report.files import validate_card as validate_card

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ from dpjax.errors import DpjaxError
 from dpjax.ledger import Ledger
 from dpjax.report import read_card
 from dpjax.runs import commands
-from dpjax.runs.audit import AuditRunConfig, audit_run
+from dpjax.runs.audit import AuditModelConfig, AuditRunConfig, audit_model, audit_run
 from dpjax.runs.config import TrainConfig, make_mechanism
 from dpjax.runs.folder import open_run, reopen
 
@@ -201,3 +203,55 @@ def test_coins_are_not_revealed_before_the_end(tmp_path):
         with pytest.raises(DpjaxError, match="other coins"):
             ledger.reveal_canaries(run, SECRET, [True, True])
         assert ledger.records[-1]["included"] == "10"
+
+
+def others(path, count=120):
+    """Notes like those of ``records``, none of them the same."""
+    rng = np.random.default_rng(1)
+    known = {json.loads(line)["text"] for line in path.read_text().splitlines()}
+    drawn = [f"note {rng.integers(1000)} of the day" for _ in range(2 * count)]
+    fresh = [text for text in dict.fromkeys(drawn) if text not in known][:count]
+    target = path.parent / "others.jsonl"
+    target.write_text("".join(json.dumps({"text": text}) + "\n" for text in fresh))
+    return target
+
+
+def test_attacks_on_a_model_in_one_call(plain, records, tmp_path):
+    found = audit_model(
+        AuditModelConfig(
+            str(plain), str(records), str(others(records)), str(tmp_path), sequence_length=12
+        )
+    )
+    assert json.loads((tmp_path / "audit.json").read_text()) == found
+    by_name = {attack["attack"]: attack["metrics"]["auc"] for attack in found["attacks"]}
+    assert set(by_name) == {
+        "bag of words, without the model",
+        "loss",
+        "min_k",
+        "min_k_plus_plus",
+        "zlib",
+    }
+    # It was trained on nine tenths of them, many times over.
+    assert by_name["loss"]["low"] > 0.6 and by_name["loss"]["value"] > 0.7
+    assert found["covered_by_epsilon"] is False
+    figure = (tmp_path / "roc.svg").read_text()
+    assert figure.startswith("<?xml") and "blind guess" in figure
+
+
+def test_a_text_on_both_sides_is_refused(plain, records, tmp_path):
+    with pytest.raises(DpjaxError, match="are in both"):
+        audit_model(AuditModelConfig(str(plain), str(records), str(records), str(tmp_path)))
+
+
+def test_the_command_line_names_every_audit(tmp_path):
+    def dpjax(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "dpjax.cli", "audit", *arguments], capture_output=True, text=True
+        )
+
+    shown = dpjax("--help").stdout
+    assert all(name in shown for name in ("model", "run", "step"))
+    missing = dpjax("run", str(tmp_path / "nowhere"))
+    assert missing.returncode == 2 and len(missing.stderr.splitlines()) == 1
+    few = dpjax("step", "--num-runs", "3")
+    assert few.returncode == 2 and "num_runs is 3" in few.stderr
