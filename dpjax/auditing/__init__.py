@@ -6,8 +6,6 @@ Attacks take scores or a ``(loss_fn, params)`` pair, never a trainer. Scores are
 from dpjax.auditing.bounds import (
     Guesses,
     audit_coins,
-    clopper_pearson,
-    gaussian_dp,
     guess_coins,
     mechanism_family,
     one_run,
@@ -54,6 +52,7 @@ from dpjax.auditing.membership import (
 from dpjax.auditing.results import AttackResult, EpsilonBound, Interval, verdict
 from dpjax.auditing.scoring import TokenStatistics, score_examples, token_statistics
 from dpjax.auditing.step import SCENARIOS, Scenario, StepAudit, audit_step, own_step
+from dpjax.auditing.two_samples import clopper_pearson, gaussian_dp
 
 __all__ = [
     "SCENARIOS",

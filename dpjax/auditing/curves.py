@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from dpjax.auditing.bounds import check_scores
 from dpjax.auditing.results import AttackResult, Interval, ThreatView
+from dpjax.auditing.two_samples import check_scores
 from dpjax.errors import DpjaxError
 
 

@@ -8,6 +8,7 @@ from dpjax.data.domains import (
     DomainRecord,
     Span,
     domain_records,
+    label_phrases,
     read_domain_records,
     write_domain_records,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "dataset_from_records",
     "domain_records",
     "hub_tokenizer",
+    "label_phrases",
     "load_digits",
     "load_fashion_mnist",
     "load_planted_pii",

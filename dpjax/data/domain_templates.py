@@ -2,7 +2,7 @@
 
 A table holds ``slot = item | item``, slots parted by ``||``; a line end counts as a space in
 English and as nothing in Chinese. ``{slot}`` is filled from the label's own section, from
-``[shared]`` or from the everyday words in ``domains.py``, ``{3-9}`` with an integer, ``{20-80/20}``
+``[shared]`` or from the words in ``domain_words.py``, ``{3-9}`` with an integer, ``{20-80/20}``
 with one in steps of 20, ``{name}`` and the like with the person's values. ``plan`` lists the
 sections of a record in order. In dialogues ``A:`` is the agent, ``C:`` the customer, and ``//``
 parts the turns. All sentences were written for this library; banks and shops are invented.

@@ -153,7 +153,7 @@ def audit_model(config: AuditModelConfig) -> dict[str, Any]:
         *data,
         tokenizer=model.tokenizer,
         reference=None if reference is None else (reference.config, reference.params),
-        neighbour_key=jax.random.key(config.seed) if config.neighbours else None,
+        neighbour_key=fresh_key(config.seed) if config.neighbours else None,
         batch_size=config.batch_size,
         progress=True,
     )
@@ -163,7 +163,10 @@ def audit_model(config: AuditModelConfig) -> dict[str, Any]:
         "model": config.model,
         "same_distribution": check.details["passed"],
         "covered_by_epsilon": False,
-        "attacks": [dataclasses.asdict(result) for result in (check, *found)],
+        "attacks": [
+            dataclasses.asdict(result) | {"assumptions": list(result.assumptions)}
+            for result in (check, *found)
+        ],
     }
     for attack in results["attacks"]:
         attack.pop("details")

@@ -234,10 +234,7 @@ def image_audit(
     config: Config, view: str, scale: Scale, epsilon: float | None, seed: int
 ) -> dict[str, Any]:
     """A small network on images; black-box canaries are images with random labels."""
-    if config.images == "digits":
-        images, labels = load_digits()
-    else:
-        images, labels = load_fashion_mnist()[0]
+    images, labels = (load_digits() if config.images == "digits" else load_fashion_mnist())[0]
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(images))[: scale.records + scale.canaries]
     order = rng.choice(order, scale.records + scale.canaries) if len(order) < (

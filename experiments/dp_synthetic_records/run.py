@@ -6,26 +6,31 @@
 
 Claim, hardware, duration and numbers: README.md. Three runs: public pretraining on invented records
 of two other domains, then fine-tuning on labelled medical notes with and without privacy. Training
-and sampling are those of `dpjax synthesize`.
+and sampling are those of `dpjax synthesize`. The small preset's public text also has a textbook of
+the specialties (what each label is about, no people), as any pretrained model has read one; what
+that alone gives is the arm "public".
 """
 
 import dataclasses
 import json
 import pathlib
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import tyro
 
-from dpjax.artifact import save_model
+from dpjax.artifact import load_model, save_model
 from dpjax.data import (
     DOMAIN_LABELS,
     DomainRecord,
     Record,
     domain_records,
+    label_phrases,
     plant_pii,
     train_bpe,
 )
@@ -34,7 +39,7 @@ from dpjax.models import DecoderConfig, LoRA, Model, init_params
 from dpjax.quality import count_secrets, downstream_accuracy
 from dpjax.runs.commands import finished_run
 from dpjax.runs.config import TrainConfig
-from dpjax.runs.synthesize import SynthesizeConfig, synthesize
+from dpjax.runs.synthesize import SynthesizeConfig, sample_records, synthesize
 
 HERE = pathlib.Path(__file__).resolve().parent
 LABELS = DOMAIN_LABELS["medical"]
@@ -80,7 +85,7 @@ class Scale:
 
 SCALES = {
     "cpu": Scale(
-        None, 120_000, 2_000, 1_000, (400, 64), (400, 64), (400, 512), {16: 8, 64: 8}, 120, 32, 4e-3
+        None, 120_000, 2_000, 1_000, (800, 64), (400, 64), (240, 512), {16: 8, 64: 8}, 120, 32, 4e-3
     ),
     "gpu": Scale(
         "smollm2", 20_000, 2_000, 1_000, (0, 0), (300, 64), (300, 1024), {16: 8, 64: 8}, 144, 64
@@ -153,6 +158,18 @@ def main(config: Config) -> dict[str, Any]:
         "of_the_people": personal(notes),
         "of_other_people": personal(unseen),
     }
+    if scale.model is None:
+        config_public = SynthesizeConfig(shared, num_samples=scale.samples)
+        drawn = sample_records(config_public, load_model(start), jax.random.key(config.seed))
+        found["public"] = {
+            "epsilon": 0.0,
+            "accuracy": downstream_accuracy(
+                [r.text for r in drawn.records],
+                [str(r.label) for r in drawn.records],
+                [r.text for r in unseen],
+                [r.label for r in unseen],
+            ).accuracy,
+        }
     for name, train in runs.items():
         train = dataclasses.replace(train, output=str(folder / name))
         result = synthesize(SynthesizeConfig(train, num_samples=scale.samples))
@@ -185,6 +202,7 @@ def pretrained(config: Config, scale: Scale, folder: pathlib.Path) -> str:
         for domain in PUBLIC_DOMAINS
         for r in domain_records(domain, max(200, scale.records // 8), seed=config.seed + 2)
     ]
+    public += textbook(max(200, scale.records // 6), seed=config.seed + 3)
     # All labels are public; each becomes one token.
     labels = [label for domain in DOMAIN_LABELS for label in DOMAIN_LABELS[domain]]
     texts = [r.text for r in public] + [f" {label}" for label in labels] * len(public)
@@ -206,7 +224,7 @@ def pretrained(config: Config, scale: Scale, folder: pathlib.Path) -> str:
             output=str(folder / "public"),
             label_field="label",
             prompt=PROMPT,
-            labels=tuple(label for domain in PUBLIC_DOMAINS for label in DOMAIN_LABELS[domain]),
+            labels=tuple(labels),
             model=str(folder / "untrained"),
             tuning="full",
             noise_multiplier=0.0,
@@ -222,6 +240,36 @@ def pretrained(config: Config, scale: Scale, folder: pathlib.Path) -> str:
     )
     print(f"public pretraining: held-out loss {done.after.nats_per_token:.3f} nats per token")
     return str(folder / "public" / "model")
+
+
+def textbook(passages: int, seed: int) -> list[Record]:
+    """What each specialty is about, in sentences that no note has, without people."""
+    rng = np.random.default_rng(seed)
+    phrases = label_phrases("medical")
+    sentences = (
+        ("sign", "A patient may tell of {} or of {}."),
+        ("sign", "Typical are {} and {}."),
+        ("finding", "The physician looks for {} and for {}."),
+        ("finding", "Tests can reveal {}, later {}."),
+        ("act", "It is usual to {} or to {}."),
+        ("act", "If that fails, {} and {}."),
+        ("history", "It is seen after {} and after {}."),
+    )
+    found = []
+    for i in range(passages):
+        label = LABELS[i % len(LABELS)]
+        parts = []
+        for k in rng.permutation(len(sentences))[:5]:
+            slot, sentence = sentences[k]
+            chosen = rng.choice(phrases[label][slot], 2, replace=False)
+            parts.append(sentence.format(*chosen))
+        text = re.sub(
+            r"\{(\d+)-(\d+)(?:/\d+)?\}",
+            lambda m: str(rng.integers(int(m[1]), int(m[2]) + 1)),
+            " ".join(parts),
+        )
+        found.append(Record(text, None, label))
+    return found
 
 
 def real_accuracy(
@@ -261,6 +309,8 @@ def report(found: dict[str, Any]) -> None:
         f"classifier on real records: {real['as many as synthetic']['accuracy']:.3f} (as many), "
         f"{real['all']['accuracy']:.3f} (all)"
     )
+    if "public" in found:
+        print(f"public text alone: classifier on its samples {found['public']['accuracy']:.3f}")
     for name in ("plain", "private"):
         accuracy = found[name]["quality"]["downstream"]["trained on synthetic"]["accuracy"]
         counts = {

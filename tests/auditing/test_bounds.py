@@ -10,11 +10,8 @@ from scipy import stats
 
 from dpjax import accounting
 from dpjax.auditing.bounds import (
-    GUESS_FRACTIONS,
     Guesses,
     audit_coins,
-    clopper_pearson,
-    gaussian_dp,
     guess_coins,
     mechanism_family,
     one_run,
@@ -24,6 +21,7 @@ from dpjax.auditing.bounds import (
     rejects_trade_off,
 )
 from dpjax.auditing.results import EpsilonBound, verdict
+from dpjax.auditing.two_samples import GUESS_FRACTIONS, clopper_pearson, gaussian_dp
 from dpjax.errors import DpjaxError
 from dpjax.mechanism import DPSGD
 from dpjax.trade_off import GaussianTradeOff, ProfileTradeOff, event_trade_off

@@ -205,21 +205,44 @@ def test_coins_are_not_revealed_before_the_end(tmp_path):
         assert ledger.records[-1]["included"] == "10"
 
 
-def others(path, count=120):
-    """Notes like those of ``records``, none of them the same."""
+@pytest.fixture(scope="module")
+def spells(tmp_path_factory):
+    """Two files of texts from one distribution, none of them the same."""
     rng = np.random.default_rng(1)
-    known = {json.loads(line)["text"] for line in path.read_text().splitlines()}
-    drawn = [f"note {rng.integers(1000)} of the day" for _ in range(2 * count)]
-    fresh = [text for text in dict.fromkeys(drawn) if text not in known][:count]
-    target = path.parent / "others.jsonl"
-    target.write_text("".join(json.dumps({"text": text}) + "\n" for text in fresh))
-    return target
+    folder = tmp_path_factory.mktemp("spells")
+    for name in ("members", "others"):
+        texts = ["".join(chr(97 + letter) for letter in rng.integers(26, size=12))
+                 for _ in range(120)]  # fmt: skip
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": f"spell {text}", "user": text}) + "\n" for text in texts)
+        )
+    return folder
 
 
-def test_attacks_on_a_model_in_one_call(plain, records, tmp_path):
+@pytest.fixture(scope="module")
+def memorised(spells, tmp_path_factory):
+    """Trained without privacy until it knows its records."""
+    folder = tmp_path_factory.mktemp("runs") / "memorised"
+    settings = config(
+        spells / "members.jsonl",
+        folder,
+        learning_rate=1e-2,
+        iterations=150,
+        audit_canaries=0,
+        sequence_length=20,
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        commands.train(settings)
+    return folder
+
+
+def test_attacks_on_a_model_in_one_call(memorised, spells, tmp_path):
     found = audit_model(
         AuditModelConfig(
-            str(plain), str(records), str(others(records)), str(tmp_path), sequence_length=12
+            str(memorised),
+            str(spells / "members.jsonl"),
+            str(spells / "others.jsonl"),
+            str(tmp_path),
         )
     )
     assert json.loads((tmp_path / "audit.json").read_text()) == found
