@@ -39,6 +39,13 @@ from dpjax.auditing.gradient_canaries import (
     with_gradient_canaries,
 )
 from dpjax.auditing.insertion import fair_coins, insert
+from dpjax.auditing.lira import (
+    leave_one_out_targets,
+    lira_offline,
+    lira_online,
+    logit_confidence,
+    rmia,
+)
 from dpjax.auditing.membership import (
     distribution_check,
     loss_score,
@@ -51,6 +58,12 @@ from dpjax.auditing.membership import (
 )
 from dpjax.auditing.results import AttackResult, EpsilonBound, Interval, verdict
 from dpjax.auditing.scoring import TokenStatistics, score_examples, token_statistics
+from dpjax.auditing.shadow import (
+    ShadowModels,
+    balanced_inclusion,
+    score_shadow_models,
+    train_shadow_models,
+)
 from dpjax.auditing.step import SCENARIOS, Scenario, StepAudit, audit_step, own_step
 from dpjax.auditing.two_samples import clopper_pearson, gaussian_dp
 
@@ -64,12 +77,14 @@ __all__ = [
     "Guesses",
     "Interval",
     "Scenario",
+    "ShadowModels",
     "StepAudit",
     "TokenStatistics",
     "attack_result",
     "auc",
     "audit_coins",
     "audit_step",
+    "balanced_inclusion",
     "canary_losses",
     "canary_scores",
     "clopper_pearson",
@@ -84,6 +99,10 @@ __all__ = [
     "gaussian_dp",
     "guess_coins",
     "insert",
+    "leave_one_out_targets",
+    "lira_offline",
+    "lira_online",
+    "logit_confidence",
     "loss_score",
     "mechanism_family",
     "membership_attacks",
@@ -101,10 +120,13 @@ __all__ = [
     "rank_space",
     "reference_score",
     "rejects_trade_off",
+    "rmia",
     "roc_curve",
     "score_examples",
+    "score_shadow_models",
     "token_statistics",
     "tpr_at_fpr",
+    "train_shadow_models",
     "unused_token_ids",
     "verdict",
     "with_gradient_canaries",
