@@ -33,7 +33,8 @@ def balanced_inclusion(num_models: int, num_examples: int, key: RandomKey) -> np
     """Random halves in complementary pairs: bool[num_models, num_examples].
 
     Every example is in exactly half of the models, and every model has half of the examples (one
-    more or less where they are odd).
+    more or less where they are odd). Pairs are independent: whether a model has an example tells
+    nothing about the others but its partner (see `leave_one_out_targets`).
 
     Raises:
       DpjaxError: an odd number of models, or fewer than two examples.
@@ -126,9 +127,9 @@ def train_shadow_models(
             "multiple, or name fewer devices"
         )
     keys = jax.random.split(jax.random.fold_in(key, 1), num_models)
-    states = jax.jit(
-        jax.vmap(functools.partial(_first_state, mechanism, init_params_fn, optimizer))
-    )(keys)
+    states = _first_states(
+        keys, mechanism=mechanism, init_params_fn=init_params_fn, optimizer=optimizer
+    )
     rows = _member_rows(included, repeats)
     samplers = _samplers(mechanism, rows, states.sampling_key)
     chunk = iterations_per_chunk or _largest_divisor(mechanism.iterations)
@@ -231,14 +232,19 @@ def _model_losses(loss: LossFn, params: PyTree, batch: PyTree) -> jax.Array:
     return jax.vmap(lambda one: jax.vmap(loss, (None, 0))(one, batch))(params)
 
 
-def _first_state(
+@functools.partial(jax.jit, static_argnames=("mechanism", "init_params_fn", "optimizer"))
+def _first_states(
+    keys: RandomKey,
+    *,
     mechanism: DPSGD,
     init_params_fn: Callable[[RandomKey], PyTree],
     optimizer: optax.GradientTransformation,
-    key: RandomKey,
 ) -> TrainState:
-    params_key, training_key = jax.random.split(key)
-    return init_state(mechanism, init_params_fn(params_key), optimizer, training_key)
+    def one(key: RandomKey) -> TrainState:
+        params_key, training_key = jax.random.split(key)
+        return init_state(mechanism, init_params_fn(params_key), optimizer, training_key)
+
+    return jax.vmap(one)(keys)
 
 
 def _checked_inclusion(included: np.ndarray, num_models: int, num_examples: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
@@ -133,16 +134,31 @@ def test_every_model_is_a_target_once():
         np.testing.assert_array_equal(target.shadow_scores, scores[target.shadow])
 
 
-def test_scores_of_a_model_that_learned_nothing_are_blind():
-    rng = np.random.default_rng(4)
-    import jax
+@pytest.mark.parametrize("num_models", [6, 8, 16])
+def test_models_that_learned_nothing_show_nothing(num_models):
+    """Each model has a level of its own, as real ones do; with the partner left in, that shows."""
+    rng, values, naive = np.random.default_rng(4), [], []
+    included = balanced_inclusion(num_models, 2000, jax.random.key(0))
+    for _ in range(24):
+        levels = rng.normal(size=(num_models, 1))
+        scores = rng.normal(0, 3, 2000) + levels + 0.1 * rng.normal(size=(num_models, 2000))
+        for k, target in enumerate(leave_one_out_targets(scores, included)):
+            assert len(target.shadow) == num_models - 2
+            found = lira_online(target.scores, target.shadow_scores, target.included)
+            values.append(auc(found[target.is_member], found[~target.is_member]).value)
+            rest = np.delete(np.arange(num_models), k)
+            found = lira_online(scores[k], scores[rest], included[rest])
+            naive.append(auc(found[included[k]], found[~included[k]]).value)
+    error = np.std(values) / math.sqrt(len(values))
+    assert abs(np.mean(values) - 0.5) < 4 * error < 0.03
+    if num_models == 6:
+        assert np.mean(naive) < 0.45
 
-    included = balanced_inclusion(16, 2000, jax.random.key(0))
-    scores = rng.normal(0, 3, 2000) + rng.normal(size=(16, 2000))
-    for target in leave_one_out_targets(scores, included):
-        found = lira_online(target.scores, target.shadow_scores, target.included)
-        low, high = auc(found[target.is_member], found[~target.is_member], 0.9999)[1:3]
-        assert low < 0.5 < high
+
+def test_coins_that_give_the_target_away_are_refused():
+    included = np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1]], bool)  # each in exactly two
+    with pytest.raises(DpjaxError, match="every example is in 2 models"):
+        next(leave_one_out_targets(np.zeros((3, 3)), included))
 
 
 def test_logits():
