@@ -58,7 +58,7 @@ def audit_section(
     found = verdict(list(bounds), claimed_epsilon)
     claim = "no epsilon was claimed"
     if claimed_epsilon is not None:
-        claim = f"claimed is {claimed_epsilon:.2f}"
+        claim = f"the tightest accountant claims {claimed_epsilon:.2f}"
     return {
         "performed": True,
         "verdict": found,

@@ -194,7 +194,8 @@ def _check(curves: Sequence[Curve]) -> None:
 def _style(index: int) -> dict[str, Any]:
     return {
         "color": _COLORS[index % len(_COLORS)],
-        "linestyle": _DASHES[index % len(_DASHES)],
+        # Shifted at every turn of the colours, so that no two of the first 16 look alike.
+        "linestyle": _DASHES[(index + index // len(_COLORS)) % len(_DASHES)],
     }
 
 
