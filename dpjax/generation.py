@@ -31,8 +31,30 @@ def choose_token(
     """
     if temperature == 0.0:
         return jnp.argmax(logits).astype(jnp.int32)
-    scaled = logits / temperature
     assert key is not None
+    return jax.random.categorical(key, truncated_logits(logits, temperature, top_k, top_p)).astype(
+        jnp.int32
+    )
+
+
+def truncated_logits(
+    logits: Float[Array, " vocabulary"],
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Float[Array, " vocabulary"]:
+    """Logits of the distribution that is drawn from: minus infinity where a token is cut.
+
+    Temperature 0 keeps only the most likely token.
+
+    Example:
+      >>> truncated_logits(jnp.array([0.0, 9.0, 1.0]), top_k=2).tolist()
+      [-inf, 9.0, 1.0]
+    """
+    if temperature == 0.0:
+        chosen = jnp.arange(logits.shape[0]) == jnp.argmax(logits)
+        return jnp.where(chosen, jnp.zeros_like(logits), -jnp.inf)
+    scaled = logits / temperature
     if top_k is not None:
         lowest_kept = jax.lax.top_k(scaled, min(top_k, scaled.shape[0]))[0][-1]
         scaled = jnp.where(scaled < lowest_kept, -jnp.inf, scaled)
@@ -42,7 +64,7 @@ def choose_token(
         # The smallest set whose mass reaches top_p: a token stays if the mass above it does not.
         lowest_kept = jnp.min(jnp.where(mass_before < top_p, ordered, jnp.inf))
         scaled = jnp.where(scaled < lowest_kept, -jnp.inf, scaled)
-    return jax.random.categorical(key, scaled).astype(jnp.int32)
+    return scaled
 
 
 class Sampling(NamedTuple):

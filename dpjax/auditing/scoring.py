@@ -67,7 +67,9 @@ def score_examples(
     if cache is not None and not cache_name:
         raise DpjaxError("cache_name is missing; name the loss that the cache keeps the values of")
     loss = loss_fn if isinstance(loss_fn, jax.tree_util.Partial) else jax.tree_util.Partial(loss_fn)
-    found = _run(_losses, (loss, params), dataset, batch_size, devices, cache, cache_name, progress)
+    found = map_examples(
+        _losses, (loss, params), dataset, batch_size, devices, cache, cache_name, progress
+    )
     return found[0].astype(np.float64)
 
 
@@ -97,10 +99,9 @@ def token_statistics(
       >>> found.log_probs.shape, found.mask.sum(axis=1).tolist()
       ((2, 7), [6, 3])
     """
-    function = functools.partial(_statistics, config)
-    found = _run(
-        function, (params,), dataset, batch_size, devices, cache, f"tokens {config!r}", progress
-    )
+    function = _compiled_statistics(config)
+    name = f"tokens {config!r}"
+    found = map_examples(function, (params,), dataset, batch_size, devices, cache, name, progress)
     mask = np.concatenate(
         [
             dataset.take(np.arange(start, min(start + 1024, len(dataset))))["loss_mask"][:, 1:]
@@ -110,6 +111,7 @@ def token_statistics(
     return TokenStatistics(found[0], found[1], found[2], np.asarray(mask, bool))
 
 
+@jax.jit
 def _losses(loss: LossFn, params: PyTree, batch: PyTree) -> tuple[jax.Array, ...]:
     return (jax.vmap(loss, (None, 0))(params, batch).astype(jnp.float32),)
 
@@ -131,26 +133,34 @@ def _statistics(
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(function: Callable) -> Callable:
-    return jax.jit(function)
-
-
-@functools.lru_cache(maxsize=16)
 def _compiled_statistics(config: DecoderConfig) -> Callable:
     return jax.jit(functools.partial(_statistics, config))
 
 
-def _run(
-    function: Callable,
+def map_examples(
+    compiled: Callable,
     arguments: tuple,
     dataset: TrainingData,
     batch_size: int,
-    devices: Sequence[Any] | None,
-    cache: str | os.PathLike | None,
-    name: str | None,
-    progress: bool,
+    devices: Sequence[Any] | None = None,
+    cache: str | os.PathLike | None = None,
+    name: str | None = None,
+    progress: bool = False,
 ) -> tuple[np.ndarray, ...]:
-    """``function(*arguments, batch)`` over the data set: arrays with leading axis N."""
+    """``compiled(*arguments, batch)`` over the data set: arrays with leading axis N.
+
+    Args:
+      compiled: a jitted function, the same object at every call; returns arrays with a leading
+        axis of the batch.
+      name: names what the function computes in the cache.
+
+    Example:
+      >>> from dpjax.data import ArrayDataset
+      >>> data = ArrayDataset({"x": np.arange(3)})
+      >>> double = jax.jit(lambda batch: (2 * batch["x"],))
+      >>> map_examples(double, (), data, 2)[0].tolist()
+      [0, 2, 4]
+    """
     if len(dataset) == 0:
         raise DpjaxError("the data set is empty; there is nothing to score")
     if batch_size < 1:
@@ -166,10 +176,6 @@ def _run(
         folder = pathlib.Path(cache) / hashlib.sha256(content.encode()).hexdigest()[:32]
         folder.mkdir(parents=True, exist_ok=True)
     arguments = jax.device_put(arguments, everywhere)
-    if isinstance(function, functools.partial):
-        compiled = _compiled_statistics(function.args[0])
-    else:
-        compiled = _compiled(function)
     chunks = []
     starts = range(0, len(dataset), size * _CHUNK)
     with Progress(disable=not progress) as bar:
