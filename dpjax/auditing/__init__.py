@@ -23,6 +23,13 @@ from dpjax.auditing.canaries import (
     unused_token_ids,
 )
 from dpjax.auditing.curves import attack_result, auc, roc_curve, tpr_at_fpr
+from dpjax.auditing.discoverable import (
+    Extraction,
+    discoverable,
+    extraction_probability,
+    queries_needed,
+    suffix_log_probabilities,
+)
 from dpjax.auditing.exposure import (
     Exposure,
     exposure_by_rank,
@@ -56,6 +63,7 @@ from dpjax.auditing.membership import (
     reference_score,
     zlib_score,
 )
+from dpjax.auditing.rates import rate_difference, rate_result, success_rate
 from dpjax.auditing.results import AttackResult, EpsilonBound, Interval, verdict
 from dpjax.auditing.scoring import TokenStatistics, score_examples, token_statistics
 from dpjax.auditing.shadow import (
@@ -74,6 +82,7 @@ __all__ = [
     "CanarySet",
     "EpsilonBound",
     "Exposure",
+    "Extraction",
     "Guesses",
     "Interval",
     "Scenario",
@@ -90,11 +99,13 @@ __all__ = [
     "clopper_pearson",
     "completes_secrets",
     "dirac_directions",
+    "discoverable",
     "distribution_check",
     "exposure_by_rank",
     "exposure_by_sampling",
     "exposure_by_skew_normal",
     "extend_vocabulary",
+    "extraction_probability",
     "fair_coins",
     "gaussian_dp",
     "guess_coins",
@@ -115,15 +126,20 @@ __all__ = [
     "one_run_gaussian",
     "one_run_profile",
     "own_step",
+    "queries_needed",
     "random_directions",
     "random_token_canaries",
     "rank_space",
+    "rate_difference",
+    "rate_result",
     "reference_score",
     "rejects_trade_off",
     "rmia",
     "roc_curve",
     "score_examples",
     "score_shadow_models",
+    "success_rate",
+    "suffix_log_probabilities",
     "token_statistics",
     "tpr_at_fpr",
     "train_shadow_models",
