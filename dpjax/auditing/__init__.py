@@ -53,6 +53,7 @@ from dpjax.auditing.lira import (
     logit_confidence,
     rmia,
 )
+from dpjax.auditing.matching import Match, NearDuplicate, SuffixIndex, near_duplicates
 from dpjax.auditing.membership import (
     distribution_check,
     loss_score,
@@ -63,6 +64,7 @@ from dpjax.auditing.membership import (
     reference_score,
     zlib_score,
 )
+from dpjax.auditing.ranked_generation import RankedTexts, Verification, ranked_generation, verify
 from dpjax.auditing.rates import rate_difference, rate_result, success_rate
 from dpjax.auditing.results import AttackResult, EpsilonBound, Interval, verdict
 from dpjax.auditing.scoring import TokenStatistics, score_examples, token_statistics
@@ -85,10 +87,15 @@ __all__ = [
     "Extraction",
     "Guesses",
     "Interval",
+    "Match",
+    "NearDuplicate",
+    "RankedTexts",
     "Scenario",
     "ShadowModels",
     "StepAudit",
+    "SuffixIndex",
     "TokenStatistics",
+    "Verification",
     "attack_result",
     "auc",
     "audit_coins",
@@ -120,6 +127,7 @@ __all__ = [
     "min_k_plus_plus_score",
     "min_k_score",
     "natural_canaries",
+    "near_duplicates",
     "neighbourhood_score",
     "new_token_canaries",
     "one_run",
@@ -130,6 +138,7 @@ __all__ = [
     "random_directions",
     "random_token_canaries",
     "rank_space",
+    "ranked_generation",
     "rate_difference",
     "rate_result",
     "reference_score",
@@ -145,6 +154,7 @@ __all__ = [
     "train_shadow_models",
     "unused_token_ids",
     "verdict",
+    "verify",
     "with_gradient_canaries",
     "zlib_score",
 ]
