@@ -26,6 +26,7 @@ from dpjax.auditing.curves import attack_result, auc, roc_curve, tpr_at_fpr
 from dpjax.auditing.discoverable import (
     Extraction,
     discoverable,
+    extraction_attacks,
     extraction_probability,
     queries_needed,
     suffix_log_probabilities,
@@ -112,6 +113,7 @@ __all__ = [
     "exposure_by_sampling",
     "exposure_by_skew_normal",
     "extend_vocabulary",
+    "extraction_attacks",
     "extraction_probability",
     "fair_coins",
     "gaussian_dp",

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpjax.auditing.rates import rate_result
+from dpjax.auditing.results import AttackResult
 from dpjax.auditing.scoring import map_examples
-from dpjax.data import ArrayDataset
+from dpjax.data import ArrayDataset, Dataset
 from dpjax.errors import DpjaxError
 from dpjax.generation import generate, truncated_logits
 from dpjax.models import DecoderConfig, apply
@@ -225,6 +227,92 @@ def queries_needed(log_probabilities: np.ndarray | float, success_probability: f
         # A hair below, because 1 - (1 - 1/2)^3 = 7/8 must not become 4 by rounding.
         exact = np.exp(np.log(wanted) - _log_hazard(logs))
     return np.maximum(1.0, np.ceil(exact * (1 - 1e-12)))
+
+
+def extraction_attacks(
+    config: DecoderConfig,
+    params: PyTree,
+    members: Dataset,
+    non_members: Dataset,
+    *,
+    suffix_length: int = 16,
+    num_queries: Sequence[int] = (1, 100, 10_000),
+    success_probability: float = 0.5,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    batch_size: int = 64,
+) -> list[AttackResult]:
+    """(n, p)-discoverable extraction of records' ends, from the probabilities themselves.
+
+    A record is extracted with n queries if one of n samples, prompted with the record up to its
+    last ``suffix_length`` tokens, is exactly those tokens with at least the stated probability.
+
+    Args:
+      config, params: the model.
+      members, non_members: rows of the same kind, trained on and not.
+      suffix_length: tokens that must come out; a record needs more than these.
+      num_queries: n, one result for each.
+      success_probability: p.
+      temperature, top_k, top_p: of the sampling that the attacker is given.
+      batch_size: rows at once.
+
+    Raises:
+      DpjaxError: no record on one of the sides is long enough.
+
+    Source: Hayes et al. (2024), definition 3.2.
+
+    Example:
+      >>> from dpjax.data import Record, byte_tokenizer, dataset_from_records
+      >>> from dpjax.models import decoder_config, init_params
+      >>> rows = dataset_from_records([Record("a longer record")], byte_tokenizer(), 16)
+      >>> config = decoder_config("nano", byte_tokenizer().vocabulary_size)
+      >>> found = extraction_attacks(
+      ...     config, init_params(config, jax.random.key(0)), rows, rows, suffix_length=8)
+      >>> found[0].attack, found[0].metrics["extra_rate"].value
+      ('extraction in 1 query', 0.0)
+    """
+    if suffix_length < 1:
+        raise DpjaxError(f"suffix_length is {suffix_length}; it must be at least 1")
+    logs, left_out = [], 0
+    for name, rows in (("members", members), ("non-members", non_members)):
+        pairs = []
+        for tokens, mask in zip(rows.tokens, rows.loss_mask, strict=True):
+            # Up to the last predicted token; what stands before is the prompt, control code or not.
+            end = int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else 0
+            if end > suffix_length and mask[end - suffix_length : end].all():
+                pairs.append((tokens[: end - suffix_length], tokens[end - suffix_length : end]))
+        if not pairs:
+            raise DpjaxError(
+                f"none of the {len(rows)} {name} has more than {suffix_length} tokens; use a"
+                " shorter suffix_length"
+            )
+        left_out += len(rows) - len(pairs)
+        prefixes, suffixes = zip(*pairs, strict=True)
+        logs.append(
+            suffix_log_probabilities(
+                config,
+                params,
+                prefixes,
+                suffixes,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                batch_size=batch_size,
+            )
+        )
+    notes = [
+        f"the attacker knows each record up to its last {suffix_length} tokens",
+        f"extracted: with probability {success_probability:g} or more",
+    ]
+    if left_out:
+        notes.append(f"{left_out} shorter records were left out")
+    results = []
+    for count in num_queries:
+        hits = [queries_needed(log, success_probability) <= count for log in logs]
+        label = f"extraction in {count:,} quer{'y' if count == 1 else 'ies'}"
+        results.append(rate_result(label, *hits, threat_view="B", assumptions=notes))
+    return results
 
 
 def _log_hazard(logs: np.ndarray) -> np.ndarray:

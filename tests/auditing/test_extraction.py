@@ -9,6 +9,7 @@ import pytest
 from dpjax.auditing import rate_result
 from dpjax.auditing.discoverable import (
     discoverable,
+    extraction_attacks,
     extraction_probability,
     queries_needed,
     suffix_log_probabilities,
@@ -170,6 +171,23 @@ def test_queries_needed_is_the_least_number():
     # Closed form where 1 - p cannot be told from 1: n p = ln 2.
     assert float(queries_needed(-100.0, 0.5)) == pytest.approx(np.log(2) * np.exp(100.0), rel=1e-9)
     assert np.isfinite(queries_needed(-700.0, 0.5)) and queries_needed(-800.0, 0.5) == np.inf
+
+
+def test_whole_attack_on_records(memorised):
+    sides = [
+        dataset_from_records([Record(s.text) for s in secrets], TOKENIZER, 64)
+        for secrets in (PLANTED.inserted, PLANTED.held_out)
+    ]
+    found = extraction_attacks(CONFIG, memorised, *sides, suffix_length=8, num_queries=(1, 1000))
+    assert [r.attack for r in found] == ["extraction in 1 query", "extraction in 1,000 queries"]
+    assert found[1].metrics["rate"].value == 1 and found[1].metrics["rate_on_twins"].value == 0
+    assert found[0].metrics["rate"].value >= 0.5 and found[0].num_non_members == 6
+    # A record as short as the suffix has no prefix to prompt with.
+    short = dataset_from_records([Record("ab"), Record("a much longer text")], TOKENIZER, 64)
+    some = extraction_attacks(CONFIG, memorised, short, sides[1], suffix_length=8)
+    assert some[0].num_members == 1 and "1 shorter records were left out" in some[0].assumptions
+    with pytest.raises(DpjaxError, match="none of the 1 members"):
+        extraction_attacks(CONFIG, memorised, short.select(np.array([0])), sides[1])
 
 
 @pytest.mark.parametrize(
