@@ -65,6 +65,13 @@ from dpjax.auditing.membership import (
     reference_score,
     zlib_score,
 )
+from dpjax.auditing.pii_attacks import (
+    Ranking,
+    pii_extraction,
+    pii_inference,
+    pii_reconstruction,
+    rank_candidates,
+)
 from dpjax.auditing.ranked_generation import RankedTexts, Verification, ranked_generation, verify
 from dpjax.auditing.rates import rate_difference, rate_result, success_rate
 from dpjax.auditing.results import AttackResult, EpsilonBound, Interval, verdict
@@ -91,6 +98,7 @@ __all__ = [
     "Match",
     "NearDuplicate",
     "RankedTexts",
+    "Ranking",
     "Scenario",
     "ShadowModels",
     "StepAudit",
@@ -136,9 +144,13 @@ __all__ = [
     "one_run_gaussian",
     "one_run_profile",
     "own_step",
+    "pii_extraction",
+    "pii_inference",
+    "pii_reconstruction",
     "queries_needed",
     "random_directions",
     "random_token_canaries",
+    "rank_candidates",
     "rank_space",
     "ranked_generation",
     "rate_difference",

@@ -16,6 +16,7 @@ from dpjax.data.domains import LABELS as DOMAIN_LABELS
 from dpjax.data.examples import dataset_from_records
 from dpjax.data.hub_tokenizers import hub_tokenizer, pretrained_tokenizer
 from dpjax.data.pii import PlantedPII, PlantedSecret, load_planted_pii, plant_pii
+from dpjax.data.recognisers import RECOGNISED_KINDS, recognise_pii
 from dpjax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from dpjax.data.users import UserDataset, by_user
 
@@ -23,6 +24,7 @@ __all__ = [
     "DOMAINS",
     "DOMAIN_LABELS",
     "NO_USER",
+    "RECOGNISED_KINDS",
     "ArrayDataset",
     "Dataset",
     "DomainRecord",
@@ -47,6 +49,7 @@ __all__ = [
     "plant_pii",
     "pretrained_tokenizer",
     "read_domain_records",
+    "recognise_pii",
     "records_from",
     "shakespeare",
     "stable_id",
