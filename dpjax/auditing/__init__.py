@@ -83,6 +83,12 @@ from dpjax.auditing.shadow import (
     train_shadow_models,
 )
 from dpjax.auditing.step import SCENARIOS, Scenario, StepAudit, audit_step, own_step
+from dpjax.auditing.synthetic_text import (
+    echo_canaries,
+    ngram_scores,
+    similarity_scores,
+    synthetic_text_attacks,
+)
 from dpjax.auditing.two_samples import clopper_pearson, gaussian_dp
 
 __all__ = [
@@ -117,6 +123,7 @@ __all__ = [
     "dirac_directions",
     "discoverable",
     "distribution_check",
+    "echo_canaries",
     "exposure_by_rank",
     "exposure_by_sampling",
     "exposure_by_skew_normal",
@@ -140,6 +147,7 @@ __all__ = [
     "near_duplicates",
     "neighbourhood_score",
     "new_token_canaries",
+    "ngram_scores",
     "one_run",
     "one_run_gaussian",
     "one_run_profile",
@@ -161,8 +169,10 @@ __all__ = [
     "roc_curve",
     "score_examples",
     "score_shadow_models",
+    "similarity_scores",
     "success_rate",
     "suffix_log_probabilities",
+    "synthetic_text_attacks",
     "token_statistics",
     "tpr_at_fpr",
     "train_shadow_models",

@@ -19,7 +19,8 @@ from dpjax.errors import DpjaxError
 from dpjax.models import DecoderConfig
 from dpjax.types import PyTree, RandomKey, require_key
 
-Kind = Literal["random_token", "new_token", "natural"]
+Kind = Literal["random_token", "new_token", "natural", "echo"]
+TEXT_KINDS = ("natural", "echo")  # records of text; the others are rows of tokens
 Part = Literal["in", "held_out"]
 _MAX_ROUNDS = 100
 
@@ -29,8 +30,8 @@ class CanarySet:
     """Canaries and their held-out twins. The answer key of an audit: keep it secret.
 
     Attributes:
-      kind: "random_token", "new_token" or "natural".
-      in_: int32[N, L] token rows without padding, or N records ("natural").
+      kind: "random_token", "new_token", "natural" or "echo".
+      in_: int32[N, L] token rows without padding, or N records ("natural", "echo").
       held_out: int32[M, L] or M records, from the same distribution, never inserted.
       repetitions: int64[N], how many records carry a canary when it is inserted.
       users: N names; every canary is one person, all its repetitions included.

@@ -7,7 +7,7 @@ from typing import Any, overload
 import jax
 import numpy as np
 
-from dpjax.auditing.canaries import CanarySet
+from dpjax.auditing.canaries import TEXT_KINDS, CanarySet
 from dpjax.data import Dataset, Record, UserDataset, stable_id
 from dpjax.errors import DpjaxError
 from dpjax.types import RandomKey, require_key
@@ -39,8 +39,8 @@ def insert(target: Any, canaries: CanarySet, included: Any = None, *, seed: int)
     """Puts canaries at random places among the training examples, whose order is kept.
 
     Args:
-      target: records (for natural canaries), a `Dataset` of token rows (for token canaries: each
-        repetition is a row of the canary's person, padded, without an end token), or a
+      target: records (for natural and echo canaries), a `Dataset` of token rows (for token
+        canaries: each repetition is a row of the canary's person, padded, with no end token), or a
         `UserDataset` (each canary is one person, whose whole contribution are its repetitions).
       canaries: what to put in.
       included: bool[N], e.g. `fair_coins`; default all.
@@ -67,7 +67,7 @@ def insert(target: Any, canaries: CanarySet, included: Any = None, *, seed: int)
         )
     chosen = np.flatnonzero(flags)
     is_text = not isinstance(target, (Dataset, UserDataset))
-    if is_text != (canaries.kind == "natural"):
+    if is_text != (canaries.kind in TEXT_KINDS):
         wanted = "a Dataset or UserDataset" if is_text else "records, before they are tokenised"
         raise DpjaxError(f"{canaries.kind} canaries were given the wrong target; pass {wanted}")
     rng = np.random.default_rng(seed)
