@@ -6,7 +6,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from dpjax.errors import DpjaxError
 from dpjax.types import PyTree, RandomKey, require_key
@@ -27,7 +26,7 @@ def observe_update(
 
     * "plain": as it is.
     * "clipped": scaled down to the clip norm. A known direction is all that most attacks need.
-    * "noised": clipped, and Gaussian noise of ``noise_multiplier * l2_clip_norm`` added by the client.
+    * "noised": clipped, and with Gaussian noise of ``noise_multiplier * l2_clip_norm``.
     * "aggregated": only the sum over all clients, of clipped updates in fixed point, as secure
       aggregation hands it out. This is the ideal view: what a protocol leaks beside is not in it.
 
@@ -83,7 +82,7 @@ def observe_update(
 
 def _clipped(update: PyTree, l2_clip_norm: float) -> PyTree:
     update = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), update)
-    norm = optax.global_norm(update)
+    norm = jnp.sqrt(jnp.stack([jnp.sum(x * x) for x in jax.tree.leaves(update)]).sum())
     scale = jnp.minimum(1.0, l2_clip_norm / jnp.maximum(norm, 1e-30))
     return jax.tree.map(lambda x: x * scale, update)
 
