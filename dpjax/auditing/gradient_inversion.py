@@ -80,9 +80,7 @@ def invert_gradients(
         )
     norm = float(sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(observed)))
     if not 0 < norm < np.inf:
-        raise DpjaxError(
-            f"the observed update has squared norm {norm}; there is no direction to follow"
-        )
+        raise DpjaxError(f"the update has squared norm {norm}; there is no direction to follow")
     low, high = box
     keys = jax.random.split(require_key(key), restarts)
     start = jax.vmap(lambda k: jax.random.uniform(k, shape, jnp.float32, low, high))(keys)
