@@ -33,3 +33,34 @@ def forget_compiled_code():
     if maps.exists() and maps.read_bytes().count(b"\n") > 10_000:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="session")
+def overfit():
+    """``overfit(config, texts, length, steps)``: a tiny decoder that knows texts by heart."""
+
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+
+    from dpjax.data import Record, byte_tokenizer, dataset_from_records
+    from dpjax.models import init_params, language_model_loss
+
+    def train(config, texts, length, steps, seed=0):
+        data = dataset_from_records([Record(text) for text in texts], byte_tokenizer(), length)
+        batch = jax.tree.map(jnp.asarray, data.take(np.arange(len(data))))
+        loss, optimizer = language_model_loss(config), optax.adam(1e-2)
+
+        def step(carry, _):
+            params, state = carry
+            grad = jax.grad(lambda p: jnp.mean(jax.vmap(loss, (None, 0))(p, batch)))(params)
+            updates, state = optimizer.update(grad, state)
+            return (optax.apply_updates(params, updates), state), None
+
+        start = init_params(config, jax.random.key(seed))
+        # Optax's Adam multiplies by Python powers of an int32 count.
+        with jax.numpy_dtype_promotion("standard"):
+            run = jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), None, steps)[0][0])
+            return run(start)
+
+    return train

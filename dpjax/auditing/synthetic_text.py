@@ -111,7 +111,8 @@ def similarity_scores(
     # The second matrix may know more columns than the first.
     held.resize((len(synthetic), len(known)))
     shared = (wanted @ held.T).toarray()
-    sizes = wanted.sum(axis=1)[:, None] + held.sum(axis=1)[None, :] - shared
+    own, other = (np.asarray(m.sum(axis=1)).ravel() for m in (wanted, held))
+    sizes = own[:, None] + other[None, :] - shared
     similarity = np.divide(shared, sizes, out=np.zeros_like(shared), where=sizes > 0)
     count = min(nearest, similarity.shape[1])
     return np.sort(similarity, axis=1)[:, -count:].mean(axis=1)
@@ -276,14 +277,14 @@ def _runs(text: list[str], order: int) -> set[tuple[str, ...]]:
 
 def _incidence(
     sets: Sequence[set[tuple[str, ...]]], known: dict[tuple[str, ...], int]
-) -> sparse.csr_matrix:
+) -> sparse.csr_array:
     """One row for each set, one column for each element of any; ``known`` grows."""
     rows, columns = [], []
     for row, elements in enumerate(sets):
         for element in elements:
             rows.append(row)
             columns.append(known.setdefault(element, len(known)))
-    return sparse.csr_matrix(
+    return sparse.csr_array(
         (np.ones(len(rows)), (rows, columns)), shape=(len(sets), len(known)), dtype=np.float64
     )
 

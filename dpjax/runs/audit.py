@@ -1,8 +1,7 @@
 """`dpjax audit`: what was promised against what an attacker finds."""
 
 import dataclasses
-import pathlib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
@@ -12,25 +11,18 @@ from rich.table import Table
 from dpjax.auditing.bounds import audit_coins
 from dpjax.auditing.canaries import canary_losses
 from dpjax.auditing.coins import commitment
-from dpjax.auditing.curves import roc_curve
-from dpjax.auditing.membership import distribution_check, membership_attacks
-from dpjax.auditing.results import Interval
 from dpjax.auditing.step import SCENARIOS, audit_step, own_step
-from dpjax.data import dataset_from_records, records_from
 from dpjax.errors import DpjaxError
 from dpjax.ledger import Ledger
 from dpjax.mechanism import DPSGD, Sampling
 from dpjax.models import Model
-from dpjax.report import roc_figure
 from dpjax.report.audit import BOUND_COLUMNS, audit_section, bound_rows
-from dpjax.report.figures import standalone
-from dpjax.report.files import write_whole
+from dpjax.runs.audit_model import AuditModelConfig, AuditTextConfig, audit_model, audit_text
 from dpjax.runs.commands import console
 from dpjax.runs.config import fresh_key
 from dpjax.runs.execute import find_run
 from dpjax.runs.finish import Finished, page_path, refresh
 from dpjax.runs.folder import Run, reopen, write_json
-from dpjax.runs.sources import open_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,40 +65,13 @@ class AuditStepConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class AuditModelConfig:
-    """Attack any model: can it tell records that it was trained on from others like them?"""
-
-    model: tyro.conf.Positional[str]
-    """Model folder, a run folder with one in it, or a pretrained model as for `dpjax train`."""
-    members: str
-    """Records that it was trained on: a file, folder or hub id."""
-    non_members: str
-    """Records from the same source that it was not trained on."""
-    output: str
-    """Folder for audit.json and roc.svg; both are private."""
-    reference: str | None = None
-    """Model that saw none of the members, e.g. the one before fine-tuning: a stronger attack."""
-    text_field: str | None = None
-    """Field with the text (default: "text" or the only field)."""
-    sequence_length: int = 64
-    """Tokens per record, as in training."""
-    max_records: int = 2000
-    """Of each kind; the first ones after a shuffle."""
-    neighbours: bool = False
-    """Also the neighbourhood attack, which takes ten times as long."""
-    batch_size: int = 32
-    """Records at once."""
-    seed: int = 0
-    """For the shuffle, neighbours and the check of the records."""
-
-
-@dataclasses.dataclass(frozen=True)
 class AuditConfig:
-    """Measure what an attacker finds: in a model, in a run with canaries, or in the DP step."""
+    """Measure what an attacker finds: in a model, synthetic text, a run, or the DP step."""
 
     what: tyro.conf.OmitArgPrefixes[
         tyro.conf.OmitSubcommandPrefixes[
             Annotated[AuditModelConfig, tyro.conf.subcommand("model")]
+            | Annotated[AuditTextConfig, tyro.conf.subcommand("text")]
             | Annotated[AuditRunConfig, tyro.conf.subcommand("run")]
             | Annotated[AuditStepConfig, tyro.conf.subcommand("step")]
         ]
@@ -119,83 +84,10 @@ def audit(config: AuditConfig) -> None:
         audit_own_step(config.what)
     elif isinstance(config.what, AuditModelConfig):
         audit_model(config.what)
+    elif isinstance(config.what, AuditTextConfig):
+        audit_text(config.what)
     else:
         audit_run(config.what)
-
-
-def audit_model(config: AuditModelConfig) -> dict[str, Any]:
-    """Every membership attack on a model, after a check that words alone do not tell them apart."""
-    model = open_model(config.model)
-    reference = None if config.reference is None else open_model(config.reference)
-    if reference is not None and (
-        reference.tokenizer.fingerprint() != model.tokenizer.fingerprint()
-    ):
-        raise DpjaxError(
-            f"{config.reference} has another tokenizer than {config.model}; a reference model must "
-            "read the same tokens"
-        )
-    rng, texts, data = np.random.default_rng(config.seed), [], []
-    for source in (config.members, config.non_members):
-        records = records_from(source, config.text_field)
-        kept = [records[i] for i in rng.permutation(len(records))[: config.max_records]]
-        texts.append([record.text for record in kept])
-        data.append(dataset_from_records(kept, model.tokenizer, config.sequence_length))
-    both = len(set(texts[0]) & set(texts[1]))
-    if both:
-        raise DpjaxError(
-            f"{both} texts are in both {config.members} and {config.non_members}; a record that "
-            "was trained on is no non-member: remove them"
-        )
-    check = distribution_check(*texts, seed=config.seed)
-    found = membership_attacks(
-        model.config,
-        model.params,
-        *data,
-        tokenizer=model.tokenizer,
-        reference=None if reference is None else (reference.config, reference.params),
-        neighbour_key=fresh_key(config.seed) if config.neighbours else None,
-        batch_size=config.batch_size,
-        progress=True,
-    )
-    folder = pathlib.Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    results = {
-        "model": config.model,
-        "same_distribution": check.details["passed"],
-        "covered_by_epsilon": False,
-        "attacks": [
-            dataclasses.asdict(result) | {"assumptions": list(result.assumptions)}
-            for result in (check, *found)
-        ],
-    }
-    for attack in results["attacks"]:
-        attack.pop("details")
-        attack["metrics"] = {k: Interval(*v)._asdict() for k, v in attack["metrics"].items()}
-    write_json(folder / "audit.json", results)
-    curves = {
-        result.attack: (curve.false_positive_rates, curve.true_positive_rates)
-        for result in found
-        for curve in (roc_curve(*result.details["scores"]),)
-    }
-    write_whole(folder / "roc.svg", standalone(roc_figure(curves)))
-    table = Table("Attack", "AUC", "TPR at 1% FPR", "at 0.1%", title="membership inference")
-    for result in (check, *found):
-        cells = [
-            "-" if value is None else f"{value.value:.3f} ({value.low:.3f} to {value.high:.3f})"
-            for value in (
-                result.metrics.get(name)
-                for name in ("auc", "tpr_at_1_percent_fpr", "tpr_at_0.1_percent_fpr")
-            )
-        ]
-        table.add_row(result.attack.replace("_", " "), *cells)
-    console.print(table)
-    if not check.details["passed"]:
-        console.print(
-            "the two kinds of records differ in their words: whatever the attacks find, it is not "
-            "shown to be memory; take non-members from the members' source and time"
-        )
-    console.print(f"numbers: {folder / 'audit.json'}\nfigure:  {folder / 'roc.svg'}")
-    return results
 
 
 def audit_run(config: AuditRunConfig) -> Finished:

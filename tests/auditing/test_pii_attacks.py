@@ -1,9 +1,10 @@
 """PII attacks on a model that knows its planted secrets by heart, and on one that saw none."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from dpjax.auditing.pii_attacks import (
@@ -12,16 +13,17 @@ from dpjax.auditing.pii_attacks import (
     pii_reconstruction,
     rank_candidates,
 )
-from dpjax.data import PlantedPII, Record, byte_tokenizer, dataset_from_records, plant_pii
+from dpjax.data import PlantedPII, byte_tokenizer, plant_pii
 from dpjax.errors import DpjaxError
 from dpjax.generation import generate
-from dpjax.models import DecoderConfig, apply, init_params, language_model_loss
+from dpjax.models import DecoderConfig, apply, init_params
 
 TOKENIZER = byte_tokenizer()
 CONFIG = DecoderConfig(
     vocabulary_size=TOKENIZER.vocabulary_size,
     num_layers=1, d_model=32, num_heads=2, num_kv_heads=2, d_ff=64,
 )  # fmt: skip
+FORWARD = jax.jit(functools.partial(apply, CONFIG))
 PLANTED = plant_pii(
     [], repetitions={1: 6}, seed=3, kinds=["phone", "account"], locales=["en_US"],
     num_held_out_twins=6,
@@ -34,20 +36,8 @@ def start():
 
 
 @pytest.fixture(scope="module")
-def memorised(start):
-    data = dataset_from_records([Record(s.text) for s in PLANTED.inserted], TOKENIZER, 64)
-    batch = jax.tree.map(jnp.asarray, data.take(np.arange(len(data))))
-    loss, optimizer = language_model_loss(CONFIG), optax.adam(1e-2)
-
-    def step(carry, _):
-        params, state = carry
-        grad = jax.grad(lambda p: jnp.mean(jax.vmap(loss, (None, 0))(p, batch)))(params)
-        updates, state = optimizer.update(grad, state)
-        return (optax.apply_updates(params, updates), state), None
-
-    with jax.numpy_dtype_promotion("standard"):
-        run = jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), None, 300)[0][0])
-        return run(start)
+def memorised(overfit):
+    return overfit(CONFIG, [s.text for s in PLANTED.inserted], 64, 300)
 
 
 def test_extraction_from_samples(memorised, start):
@@ -105,7 +95,9 @@ def test_ranks_against_a_slow_loop(memorised, start):
     def slow(params, value):
         ids = [TOKENIZER.bos_id, *TOKENIZER.encode(secret.prefix + value + ending)]
         ids.append(TOKENIZER.eos_id)
-        logits = np.asarray(apply(CONFIG, params, jnp.asarray(ids[:-1])), np.float64)
+        # Zeros stand behind: a causal model does not see them, and one compilation serves all.
+        padded = jnp.asarray([*ids[:-1], *[0] * 80][:80])
+        logits = np.asarray(FORWARD(params, padded), np.float64)[: len(ids) - 1]
         logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         return logs[np.arange(len(ids) - 1), ids[1:]].sum()
 

@@ -1,17 +1,17 @@
 """Generated texts ranked by suspicion: what was memorised comes first, and is verified."""
 
+import functools
 import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from dpjax.auditing.ranked_generation import RankedTexts, ranked_generation, verify
-from dpjax.data import Record, byte_tokenizer, dataset_from_records
+from dpjax.data import byte_tokenizer
 from dpjax.errors import DpjaxError
-from dpjax.models import DecoderConfig, apply, init_params, language_model_loss
+from dpjax.models import DecoderConfig, apply
 
 TOKENIZER = byte_tokenizer()
 CONFIG = DecoderConfig(
@@ -19,31 +19,18 @@ CONFIG = DecoderConfig(
     num_layers=1, d_model=32, num_heads=2, num_kv_heads=2, d_ff=64,
 )  # fmt: skip
 PLANTED = "Ann Lee, card 4929 1847 5520"
+FORWARD = jax.jit(functools.partial(apply, CONFIG))
 RNG = np.random.default_rng(0)
 NOISE = ["".join(RNG.choice(list("abcdefghij "), 26)) for _ in range(60)]
 
 
 @pytest.fixture(scope="module")
-def models():
+def models(overfit):
     """One model trained with the planted text among noise, one on the noise alone."""
-    loss, optimizer = language_model_loss(CONFIG), optax.adam(1e-2)
-
-    def trained(texts):
-        data = dataset_from_records([Record(text) for text in texts], TOKENIZER, 30)
-        batch = jax.tree.map(jnp.asarray, data.take(np.arange(len(data))))
-
-        def step(carry, _):
-            params, state = carry
-            grad = jax.grad(lambda p: jnp.mean(jax.vmap(loss, (None, 0))(p, batch)))(params)
-            updates, state = optimizer.update(grad, state)
-            return (optax.apply_updates(params, updates), state), None
-
-        start = init_params(CONFIG, jax.random.key(0))
-        with jax.numpy_dtype_promotion("standard"):
-            run = jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), None, 100)[0][0])
-            return run(start)
-
-    return trained([*NOISE[:30], *[PLANTED] * 6]), trained(NOISE[:36])
+    return (
+        overfit(CONFIG, [*NOISE[:30], *[PLANTED] * 6], 30, 100),
+        overfit(CONFIG, NOISE[:36], 30, 100),
+    )
 
 
 def test_what_was_memorised_ranks_first_and_is_verified(models):
@@ -75,7 +62,9 @@ def test_scores_against_slow_references(models):
 
     def per_token(params, text):
         ids = np.array([TOKENIZER.bos_id, *TOKENIZER.encode(text), TOKENIZER.eos_id])
-        logits = np.asarray(apply(CONFIG, params, jnp.asarray(ids[:-1])), np.float64)
+        # Zeros stand behind: a causal model does not see them, and one compilation serves all.
+        padded = jnp.asarray(np.concatenate([ids[:-1], np.zeros(40, ids.dtype)])[:40])
+        logits = np.asarray(FORWARD(params, padded), np.float64)[: len(ids) - 1]
         logs = logits - np.log(np.sum(np.exp(logits), axis=1, keepdims=True))
         return logs[np.arange(len(ids) - 1), ids[1:]]
 

@@ -3,9 +3,7 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from dpjax.auditing.insertion import insert
@@ -15,10 +13,10 @@ from dpjax.auditing.synthetic_text import (
     similarity_scores,
     synthetic_text_attacks,
 )
-from dpjax.data import Record, byte_tokenizer, dataset_from_records
+from dpjax.data import Record, byte_tokenizer
 from dpjax.errors import DpjaxError
 from dpjax.generation import generate
-from dpjax.models import DecoderConfig, init_params, language_model_loss
+from dpjax.models import DecoderConfig, init_params
 
 TOKENIZER = byte_tokenizer()
 CONFIG = DecoderConfig(
@@ -73,35 +71,22 @@ def canaries(seed, count):
 
 
 @pytest.fixture(scope="module")
-def corpora():
+def corpora(overfit):
     """Texts from a model that was trained with canaries, and from one that was not."""
     rng = np.random.default_rng(0)
-    common = ["we saw " + " ".join(rng.choice(["the", "old", "dog", "run", "far"], 4))
-              for _ in range(24)]  # fmt: skip
-    inside = canaries(1, 12)
-    loss, optimizer = language_model_loss(CONFIG), optax.adam(1e-2)
+    common = [
+        "we saw " + " ".join(rng.choice(["the", "old", "dog", "run", "far"], 4)) for _ in range(24)
+    ]
 
     def written(texts, seed):
-        data = dataset_from_records([Record(text) for text in texts], TOKENIZER, 28)
-        batch = jax.tree.map(jnp.asarray, data.take(np.arange(len(data))))
-
-        def step(carry, _):
-            params, state = carry
-            grad = jax.grad(lambda p: jnp.mean(jax.vmap(loss, (None, 0))(p, batch)))(params)
-            updates, state = optimizer.update(grad, state)
-            return (optax.apply_updates(params, updates), state), None
-
-        start = init_params(CONFIG, jax.random.key(seed))
-        with jax.numpy_dtype_promotion("standard"):
-            run = jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), None, 200)[0][0])
-            params = run(start)
+        params = overfit(CONFIG, texts, 28, 200, seed)
         drawn = generate(
             CONFIG, params, [[TOKENIZER.bos_id]] * 200, jax.random.key(seed), max_new_tokens=26,
             stop_token=TOKENIZER.eos_id, batch_size=200,
         )  # fmt: skip
         return [TOKENIZER.decode(tokens) for tokens in drawn]
 
-    return written(common + inside, 0), written(common + common[:12], 1)
+    return written(common + canaries(1, 12), 0), written(common + common[:12], 1)
 
 
 def test_an_echo_is_heard_only_where_there_was_a_voice(corpora):

@@ -9,13 +9,16 @@ import jax
 import numpy as np
 import pytest
 
+from dpjax.artifact import save_model
 from dpjax.auditing.coins import coin_canaries, commitment, with_coin_canaries
-from dpjax.data import Record, by_user, byte_tokenizer, dataset_from_records
+from dpjax.data import Record, by_user, byte_tokenizer, dataset_from_records, plant_pii
 from dpjax.errors import DpjaxError
 from dpjax.ledger import Ledger
+from dpjax.models import DecoderConfig, Model
 from dpjax.report import read_card
 from dpjax.runs import commands
-from dpjax.runs.audit import AuditModelConfig, AuditRunConfig, audit_model, audit_run
+from dpjax.runs.audit import AuditRunConfig, audit_run
+from dpjax.runs.audit_model import AuditModelConfig, AuditTextConfig, audit_model, audit_text
 from dpjax.runs.config import TrainConfig, make_mechanism
 from dpjax.runs.folder import open_run, reopen
 
@@ -246,19 +249,72 @@ def test_attacks_on_a_model_in_one_call(memorised, spells, tmp_path):
         )
     )
     assert json.loads((tmp_path / "audit.json").read_text()) == found
-    by_name = {attack["attack"]: attack["metrics"]["auc"] for attack in found["attacks"]}
+    by_name = {attack["attack"]: attack["metrics"].get("auc") for attack in found["attacks"]}
     assert set(by_name) == {
         "bag of words, without the model",
         "loss",
         "min_k",
         "min_k_plus_plus",
         "zlib",
+        "extraction in 1 query",
+        "extraction in 100 queries",
+        "extraction in 10,000 queries",
     }
     # It was trained on nine tenths of them, many times over.
     assert by_name["loss"]["low"] > 0.6 and by_name["loss"]["value"] > 0.7
     assert found["covered_by_epsilon"] is False
     figure = (tmp_path / "roc.svg").read_text()
     assert figure.startswith("<?xml") and "blind guess" in figure
+
+
+def test_planted_secrets_are_attacked_and_compared_with_their_twins(overfit, tmp_path):
+    tokenizer = byte_tokenizer()
+    _, planted = plant_pii(
+        [], repetitions={1: 10}, seed=3, kinds=["phone"], locales=["en_US"], num_held_out_twins=10
+    )
+    planted.save(tmp_path / "planted.json")
+    sides = {"members": planted.inserted, "others": planted.held_out}
+    for name, secrets in sides.items():
+        lines = [json.dumps({"text": secret.text}) + "\n" for secret in secrets]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    shape = DecoderConfig(
+        vocabulary_size=tokenizer.vocabulary_size,
+        num_layers=1, d_model=32, num_heads=2, num_kv_heads=2, d_ff=64,
+    )  # fmt: skip
+    params = overfit(shape, [s.text for s in planted.inserted], 48, 300)
+    save_model(tmp_path / "model", Model(shape, params, tokenizer))
+    found = audit_model(
+        AuditModelConfig(
+            str(tmp_path / "model"), str(tmp_path / "members.jsonl"),
+            str(tmp_path / "others.jsonl"), str(tmp_path / "audit"), planted=str(tmp_path / "planted.json"), num_texts=100,
+        )
+    )  # fmt: skip
+    rates = {a["attack"]: a["metrics"] for a in found["attacks"] if "rate" in a["metrics"]}
+    assert len(rates) == 7
+    for attack in set(rates) - {"extraction in 1 query", "pii extraction"}:
+        assert rates[attack]["rate"]["value"] > 0.8, attack
+    for attack, metrics in rates.items():
+        assert metrics["rate_on_twins"]["value"] <= 0.1, attack
+    inference = next(a for a in found["attacks"] if a["attack"] == "pii inference")
+    assert inference["blind_guess"] == 0.01
+
+
+def test_synthetic_text_is_attacked_alone(spells, tmp_path):
+    members = (spells / "members.jsonl").read_text().splitlines()[:60]
+    (tmp_path / "leaking.jsonl").write_text("\n".join(members) + "\n")
+    (tmp_path / "clean.jsonl").write_text('{"text": "spell of nothing"}\n')
+    values = []
+    for name in ("leaking", "clean"):
+        found = audit_text(
+            AuditTextConfig(
+                str(tmp_path / f"{name}.jsonl"), str(spells / "members.jsonl"),
+                str(spells / "others.jsonl"), str(tmp_path / "out"), text_field="text", nearest=1,
+            )
+        )  # fmt: skip
+        assert all(a["threat_view"] == "Y" for a in found["attacks"][1:])
+        values.append([a["metrics"]["auc"]["value"] for a in found["attacks"][1:]])
+    assert min(values[0]) == pytest.approx(0.75, abs=0.01)  # half of the members stand there
+    assert values[1] == [0.5, 0.5]
 
 
 def test_a_text_on_both_sides_is_refused(plain, records, tmp_path):
