@@ -126,8 +126,8 @@ def test_log_probabilities_against_a_slow_loop(small):
         logits = np.asarray(FORWARD(small, tokens), np.float64) / 2
         total = 0.0
         for n, token in enumerate(suffix):
-            row = logits[len(prefix) + n - 1]
-            total += row[token] - np.log(np.sum(np.exp(row)))
+            here = logits[len(prefix) + n - 1]
+            total += here[token] - np.log(np.sum(np.exp(here)))
         assert found[row] == pytest.approx(total, abs=1e-3)
 
 

@@ -286,7 +286,8 @@ def test_planted_secrets_are_attacked_and_compared_with_their_twins(overfit, tmp
     found = audit_model(
         AuditModelConfig(
             str(tmp_path / "model"), str(tmp_path / "members.jsonl"),
-            str(tmp_path / "others.jsonl"), str(tmp_path / "audit"), planted=str(tmp_path / "planted.json"), num_texts=100,
+            str(tmp_path / "others.jsonl"), str(tmp_path / "audit"),
+            planted=str(tmp_path / "planted.json"), num_texts=100,
         )
     )  # fmt: skip
     rates = {a["attack"]: a["metrics"] for a in found["attacks"] if "rate" in a["metrics"]}
