@@ -124,7 +124,7 @@ def recover_tokens(
       >>> from dpjax.models import init_params
       >>> params = init_params(config, jax.random.key(0))
       >>> record = {"tokens": jnp.array([5, 3, 5, 9]), "loss_mask": jnp.ones(4, bool)}
-      >>> gradient = jax.grad(language_model_loss(config))(params, record)
+      >>> gradient = jax.jit(jax.grad(language_model_loss(config)))(params, record)
       >>> recover_tokens(config, params, gradient).tokens.tolist()  # 9 was never read
       [3, 5]
     """
@@ -171,7 +171,9 @@ def recover_sequences(
     gradient: ``H^T (P - Y)`` with known ``H`` has its only negative entries at the targets.
 
     Limits: fewer distinct prefixes in the batch than ``d_model``; every position in the
-    loss. A sequence that is twice in the batch is returned once. What the spans leave open, such as
+    loss. A sequence that is twice in the batch is returned once. With rotary positions "a a b" has
+    the gradient of "a a" and "a b" as long as only "a" was read, so a run of one token at
+    the beginning may come out in pieces. What the spans leave open, such as
     last tokens that are read elsewhere under a tied head, is settled by a nonnegative fit
     of the candidates' whole gradients to the observed one: memory of one gradient for each.
 
@@ -193,7 +195,7 @@ def recover_sequences(
       >>> from dpjax.models import init_params
       >>> params = init_params(config, jax.random.key(0))
       >>> record = {"tokens": jnp.array([5, 3, 5, 9]), "loss_mask": jnp.ones(4, bool)}
-      >>> gradient = jax.grad(language_model_loss(config))(params, record)
+      >>> gradient = jax.jit(jax.grad(language_model_loss(config)))(params, record)
       >>> recover_sequences(config, params, gradient, max_length=4).sequences
       ((5, 3, 5, 9),)
     """
@@ -392,9 +394,11 @@ def _with_last_tokens(
     for node, group in zip(nodes, groups, strict=True):
         row = solved[group]
         targets = np.flatnonzero(row < -0.05 * np.abs(row).max()).tolist()
-        if not targets and node not in children:
+        follow = children.get(node, set())
+        if config.tied and not targets and not follow:
             targets = read
-        found += [(*node, t) for t in targets if t not in children.get(node, ())]
+        # What follows in one sequence may be where another ends; the fit will tell.
+        found += [(*node, t) for t in sorted({*targets, *(follow if config.tied else ())})]
     return found
 
 
