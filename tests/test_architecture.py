@@ -24,6 +24,7 @@ ORDER = [
     ["training"],
     ["checkpoint"],
     ["artifact"],
+    ["federated"],
     ["generation"],
     ["private_prediction"],
     ["evaluation"],

@@ -23,7 +23,7 @@ from dpjax.auditing.two_samples import (
     check_design,
     check_scores,
     gaussian_dp,
-    threshold_rule,
+    paid_threshold_rule,
 )
 from dpjax.errors import DpjaxError
 from dpjax.mechanism import DPSGD
@@ -106,7 +106,7 @@ def one_run(
         ceiling,
         delta,
         confidence,
-        threshold_rule(num_tried),
+        paid_threshold_rule(num_tried),
         *guesses,
     )
 
@@ -160,7 +160,7 @@ def one_run_gaussian(
         ceiling,
         delta,
         confidence,
-        threshold_rule(num_tried),
+        paid_threshold_rule(num_tried),
         *guesses,
         assumption="the privacy loss is that of a Gaussian mechanism",
     )
@@ -253,7 +253,7 @@ def one_run_profile(
         search(_all_right(guesses), max(tolerance, 0.25)),
         delta,
         confidence,
-        threshold_rule(num_tried),
+        paid_threshold_rule(num_tried),
         *guesses,
         assumption="the mechanism is the accountant's, with another noise multiplier",
     )

@@ -80,7 +80,7 @@ def clopper_pearson(
         bound(num_in, 0),
         delta,
         confidence,
-        threshold_rule if num_tried == 1 else threshold_rule(num_tried),
+        threshold_rule if num_tried == 1 else paid_threshold_rule(num_tried),
         num_in + num_out,
         num_in + num_out,
         num_true_positives + num_out - num_false_positives,
@@ -134,13 +134,13 @@ def gaussian_dp(
         fitted(np.full(len(ranks), len(inside))),
         delta,
         confidence,
-        threshold_rule(len(ranks)),
+        paid_threshold_rule(len(ranks)),
         len(inside) + count,
         assumption="scores of canaries are independent, and the privacy loss is Gaussian",
     )
 
 
-def threshold_rule(num_tried: int) -> str:
+def paid_threshold_rule(num_tried: int) -> str:
     """How a bound's threshold came about, for its report."""
     if num_tried == 1:
         return "fixed before"

@@ -129,6 +129,15 @@ def test_coverage_of_many_runs_and_of_the_gaussian_fit():
     assert best > 1.0
 
 
+def test_thresholds_that_were_tried_are_paid_for_and_named():
+    one = clopper_pearson(900, 1000, 100, 1000, 1e-5)
+    ten = clopper_pearson(900, 1000, 100, 1000, 1e-5, num_tried=10)
+    assert 0 < ten.epsilon_lower < one.epsilon_lower and ten.ceiling < one.ceiling
+    strict = clopper_pearson(900, 1000, 100, 1000, 1e-5, 1 - 0.05 / 10)
+    assert ten.epsilon_lower == pytest.approx(strict.epsilon_lower)
+    assert (one.threshold_rule, ten.threshold_rule) == ("fixed before", "best of 10, each paid for")
+
+
 def test_a_bound_below_the_truth_by_half_would_pass_it():
     """The power of the coverage test: the same bounds against half the true epsilon."""
     rng = np.random.default_rng(3)

@@ -1,0 +1,67 @@
+"""Federated learning: clients train where their data lies, the server sees sums.
+
+An algorithm is three pure functions in one file; `run_round` runs any of them over devices.
+"""
+
+from dpjax.federated.algorithm import (
+    Aggregate,
+    Algorithm,
+    LocalData,
+    LocalResult,
+    batch_gradient,
+    difference,
+    example_weight,
+    local_training,
+    server_step,
+)
+from dpjax.federated.clients import Clients, Cohort, clients_by
+from dpjax.federated.fed_avg import fed_avg
+from dpjax.federated.fed_nova import fed_nova
+from dpjax.federated.fed_prox import fed_prox
+from dpjax.federated.mime_lite import mime_lite
+from dpjax.federated.partition import (
+    label_counts,
+    partition_dirichlet,
+    partition_iid,
+    partition_shards,
+)
+from dpjax.federated.personalised import personal_params, personalised
+from dpjax.federated.round import (
+    FederatedState,
+    RoundInfo,
+    client_mesh,
+    init_federated,
+    run_round,
+)
+from dpjax.federated.scaffold import scaffold
+
+__all__ = [
+    "Aggregate",
+    "Algorithm",
+    "Clients",
+    "Cohort",
+    "FederatedState",
+    "LocalData",
+    "LocalResult",
+    "RoundInfo",
+    "batch_gradient",
+    "client_mesh",
+    "clients_by",
+    "difference",
+    "example_weight",
+    "fed_avg",
+    "fed_nova",
+    "fed_prox",
+    "init_federated",
+    "label_counts",
+    "local_training",
+    "mime_lite",
+    "partition_dirichlet",
+    "partition_iid",
+    "partition_shards",
+    "personal_params",
+    "personalised",
+    "run_round",
+    "scaffold",
+    "server_step",
+]

@@ -1,0 +1,134 @@
+"""What a federated algorithm is: three pure functions. Each algorithm has a file of its own."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from dpjax.types import LossFn, PyTree, RandomKey
+
+
+class LocalData(NamedTuple):
+    """One client's share of a round, as its local update sees it, inside the compiled round."""
+
+    examples: PyTree  # leaves [M, ...], its shard's; only rows in ``batches`` are its own
+    batches: Int[Array, "total width"]  # its shard's
+    first_step: Int[Array, ""]
+    num_steps: Int[Array, ""]  # 0 where there is nothing to train on
+    steps_per_epoch: Int[Array, ""]
+    num_examples: Int[Array, ""]
+
+    def batch(self, step: Int[Array, ""]) -> tuple[PyTree, Bool[Array, " width"]]:
+        """The examples of a local step with a leading axis, and which of them are real."""
+        at = jnp.clip(self.first_step + step, 0, self.batches.shape[0] - 1)
+        rows = self.batches[at]
+        return jax.tree.map(lambda x: x[jnp.maximum(rows, 0)], self.examples), rows >= 0
+
+
+class LocalResult(NamedTuple):
+    """What a client sends, and what it keeps."""
+
+    update: PyTree  # summed over clients, each times its weight
+    weight: Float[Array, ""]  # float32, at least 0
+    client: PyTree  # its state for the next time that it takes part
+    metrics: dict[str, Float[Array, ""]]  # float32 sums over examples; divided by their number
+
+
+class Aggregate(NamedTuple):
+    """What the server gets: never a single client's update."""
+
+    update: PyTree  # weighted mean, float32
+    weight: Float[Array, ""]  # sum of weights
+    num_clients: Int[Array, ""]  # that took part
+
+
+class Algorithm(NamedTuple):
+    """A federated algorithm.
+
+    Attributes:
+      name: for records and errors.
+      init: ``init(params) -> (server state, state of a client that never took part)``. The server
+        state is any pytree with a ``params`` field or key; a client without state has ().
+      local_update: ``local_update(server, client, data, key) -> LocalResult``, on one client.
+      server_update: ``server_update(server, aggregate) -> server``.
+    """
+
+    name: str
+    init: Callable[[PyTree], tuple[Any, PyTree]]
+    local_update: Callable[[Any, PyTree, LocalData, RandomKey], LocalResult]
+    server_update: Callable[[Any, Aggregate], Any]
+
+
+def batch_gradient(
+    loss_fn: LossFn, params: PyTree, examples: PyTree, is_real: Bool[Array, " width"]
+) -> tuple[PyTree, Float[Array, ""], Float[Array, ""]]:
+    """Mean gradient over a batch's real examples, the sum of their losses, and their number."""
+
+    def total(params):
+        losses = jax.vmap(loss_fn, (None, 0))(params, examples)
+        # Not a product: a padding row may have a loss that is not finite.
+        losses = jnp.where(is_real, losses, 0.0)
+        return jnp.sum(losses) / jnp.maximum(count, 1.0), jnp.sum(losses)
+
+    count = jnp.sum(is_real).astype(jnp.float32)
+    (_, losses), gradient = jax.value_and_grad(total, has_aux=True)(params)
+    return gradient, losses.astype(jnp.float32), count
+
+
+def local_training(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    params: PyTree,
+    data: LocalData,
+    *,
+    correct: Callable[[PyTree, PyTree], PyTree] | None = None,
+) -> tuple[PyTree, dict[str, Float[Array, ""]]]:
+    """A client's steps from ``params``: its own parameters after them, and its training loss.
+
+    Runs exactly ``data.num_steps`` steps, whatever other clients have.
+
+    Args:
+      correct: ``correct(gradient, params)`` before the optimizer, e.g. a proximal term.
+
+    Returns:
+      Parameters, and {"loss", "examples"}: sums over the examples that were seen.
+    """
+
+    def step(number, carry):
+        params, state, loss, seen = carry
+        examples, is_real = data.batch(number)
+        gradient, losses, count = batch_gradient(loss_fn, params, examples, is_real)
+        if correct is not None:
+            gradient = correct(gradient, params)
+        # Optax mixes dtypes in bias corrections.
+        with jax.numpy_dtype_promotion("standard"):
+            change, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, change), state, loss + losses, seen + count
+
+    zero = jnp.zeros((), jnp.float32)
+    start = params, optimizer.init(params), zero, zero
+    params, _, loss, seen = jax.lax.fori_loop(0, data.num_steps, step, start)
+    return params, {"loss": loss, "examples": seen}
+
+
+def difference(after: PyTree, before: PyTree) -> PyTree:
+    """``after - before``, leaf by leaf, in float32."""
+    return jax.tree.map(lambda a, b: a.astype(jnp.float32) - b.astype(jnp.float32), after, before)
+
+
+def server_step(
+    optimizer: optax.GradientTransformation, params: PyTree, state: PyTree, update: PyTree
+) -> tuple[PyTree, PyTree]:
+    """One step of a server optimizer on the pseudo-gradient ``-update`` (Reddi et al., 2021)."""
+    gradient = jax.tree.map(lambda u, p: -u.astype(p.dtype), update, params)
+    with jax.numpy_dtype_promotion("standard"):
+        change, state = optimizer.update(gradient, state, params)
+    return optax.apply_updates(params, change), state
+
+
+def example_weight(num_examples: Int[Array, ""], uniform: bool) -> Float[Array, ""]:
+    """1 for everybody, or the number of examples; float32."""
+    return jnp.ones((), jnp.float32) if uniform else num_examples.astype(jnp.float32)
