@@ -31,7 +31,8 @@ class LocalData(NamedTuple):
 class LocalResult(NamedTuple):
     """What a client sends, and what it keeps."""
 
-    update: PyTree  # summed over clients, each times its weight
+    # Summed over clients. Float leaves: float32, each times its weight. uint32 leaves: modulo 2^32.
+    update: PyTree
     weight: Float[Array, ""]  # float32, at least 0
     client: PyTree  # its state for the next time that it takes part
     metrics: dict[str, Float[Array, ""]]  # float32 sums over examples; divided by their number
@@ -40,9 +41,10 @@ class LocalResult(NamedTuple):
 class Aggregate(NamedTuple):
     """What the server gets: never a single client's update."""
 
-    update: PyTree  # weighted mean, float32
-    weight: Float[Array, ""]  # sum of weights
-    num_clients: Int[Array, ""]  # that took part
+    # Float leaves: the sum divided by the weights, or by ``normalize_by``. uint32: the sum itself.
+    update: PyTree
+    weight: Float[Array, ""]  # float32, sum of weights
+    num_clients: Int[Array, ""]  # int32, that took part
 
 
 class Algorithm(NamedTuple):
@@ -54,12 +56,19 @@ class Algorithm(NamedTuple):
         state is any pytree with a ``params`` field or key; a client without state has ().
       local_update: ``local_update(server, client, data, key) -> LocalResult``, on one client.
       server_update: ``server_update(server, aggregate) -> server``.
+      normalize_by: public constant that divides the sum, as privacy needs; a round without clients
+        then is a round like any other. None divides by the realised weights, and a round without
+        any weight moves nothing.
+      combine: ``combine(updates, weights) -> update`` in place of the weighted mean, with a leading
+        axis of clients; rows of weight 0 are absent. Costs memory for every client's update.
     """
 
     name: str
     init: Callable[[PyTree], tuple[Any, PyTree]]
     local_update: Callable[[Any, PyTree, LocalData, RandomKey], LocalResult]
     server_update: Callable[[Any, Aggregate], Any]
+    normalize_by: float | None = None
+    combine: Callable[[PyTree, Float[Array, " clients"]], PyTree] | None = None
 
 
 def batch_gradient(

@@ -34,8 +34,8 @@ class RoundInfo(NamedTuple):
     """What a round saw. Fields named ``sensitive_`` come from clients' data, without noise."""
 
     round: Int[Array, ""]  # int32, after it
-    num_clients: Int[Array, ""]  # int32, that took part
-    num_rejected: Int[Array, ""]  # int32, of these, whose update was not finite: left out
+    sensitive_num_clients: Int[Array, ""]  # int32, that took part; under sampling it is private
+    sensitive_num_rejected: Int[Array, ""]  # int32, of these, whose update was not finite: left out
     sensitive_metrics: dict[str, Float[Array, ""]]  # means over examples; "examples" their number
     sensitive_update_norm: Float[Array, ""]  # float32, of the mean update
 
@@ -123,7 +123,7 @@ def run_round(
       >>> state = init_federated(algorithm, jnp.zeros(()), len(people))
       >>> cohort = people.cohort([0, 1], jax.random.key(0), batch_size=1)
       >>> state, info = run_round(algorithm, state, cohort, jax.random.key(1))
-      >>> float(state.params), int(info.num_clients)
+      >>> float(state.params), int(info.sensitive_num_clients)
       (2.0, 2)
     """
     key = require_key(key)
@@ -248,7 +248,7 @@ def _shard(
         )
         own_key = jax.random.fold_in(key, cohort.client[place])
         result = algorithm.local_update(server, client_state, data, own_key)
-        update = jax.tree.map(lambda x: x.astype(jnp.float32), result.update)
+        update = jax.tree.map(_summand, result.update)
         finite = jnp.isfinite(result.weight) & (result.weight >= 0)
         for leaf in jax.tree.leaves(update):
             finite &= jnp.all(jnp.isfinite(leaf))
@@ -256,7 +256,13 @@ def _shard(
         counts = present & finite
         weight = jnp.where(counts, result.weight.astype(jnp.float32), 0.0)
         # Not only a product: zero times a value that is not finite is not zero.
-        update = jax.tree.map(lambda x: jnp.where(counts, x, 0.0) * weight, update)
+        update = jax.tree.map(
+            lambda x: (
+                jnp.where(counts, x, jnp.zeros_like(x))
+                * (jnp.ones((), x.dtype) if _is_modular(x) else weight)
+            ),
+            update,
+        )
         metrics = {
             name: jnp.where(counts, x.astype(jnp.float32), 0.0)
             for name, x in result.metrics.items()
@@ -287,6 +293,14 @@ def _shard(
     return jax.lax.fori_loop(0, chunks, step, (nothing, mine))
 
 
+def _is_modular(x: Array) -> bool:
+    return x.dtype == jnp.uint32
+
+
+def _summand(x: Array) -> Array:
+    return x if _is_modular(x) else x.astype(jnp.float32)
+
+
 def _take_at(tree: PyTree, places: Any) -> PyTree:
     return jax.tree.map(lambda x: x[places], tree)
 
@@ -295,12 +309,18 @@ def _finish(
     algorithm: Algorithm, state: FederatedState, cohort: Cohort, totals: _Totals, fresh: PyTree
 ) -> tuple[FederatedState, RoundInfo]:
     weight = totals.weight
-    scale = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
-    mean = jax.tree.map(lambda x: x * scale, totals.update)
+    if algorithm.normalize_by is None:
+        scale = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
+    else:
+        scale = jnp.float32(1.0 / algorithm.normalize_by)
+    mean = jax.tree.map(lambda x: x if _is_modular(x) else x * scale, totals.update)
     taken = totals.num_clients - totals.num_rejected
-    after = algorithm.server_update(state.server, Aggregate(mean, weight, taken))
-    # Nobody came: a server optimizer with momentum would move all the same.
-    server = jax.tree.map(lambda new, old: jnp.where(weight > 0, new, old), after, state.server)
+    server = algorithm.server_update(state.server, Aggregate(mean, weight, taken))
+    if algorithm.normalize_by is None:
+        # Nobody came: a server optimizer with momentum would move all the same.
+        server = jax.tree.map(
+            lambda new, old: jnp.where(weight > 0, new, old), server, state.server
+        )
     clients = jax.tree.map(
         lambda all_, new: all_.at[cohort.client].set(new, mode="drop"), state.clients, fresh
     )
@@ -309,8 +329,8 @@ def _finish(
         name: total if name == "examples" else total / jnp.maximum(seen, 1.0)
         for name, total in totals.metrics.items()
     }
-    squares = [jnp.sum(jnp.square(x)) for x in jax.tree.leaves(mean)]
-    norm = jnp.sqrt(functools.reduce(jnp.add, squares))
+    squares = [jnp.sum(jnp.square(x)) for x in jax.tree.leaves(mean) if not _is_modular(x)]
+    norm = jnp.sqrt(functools.reduce(jnp.add, squares, jnp.zeros((), jnp.float32)))
     number = state.round + 1
     info = RoundInfo(number, totals.num_clients, totals.num_rejected, metrics, norm)
     return FederatedState(server, clients, number), info

@@ -97,7 +97,7 @@ def test_fed_avg(people, start, at_once, shards):
         )
         expected = reference.fed_avg(expected, batches_of(cohort, people, ids), RATE)
         close(state.params, expected)
-        assert int(info.num_clients) == len(ids) and int(info.num_rejected) == 0
+        assert int(info.sensitive_num_clients) == len(ids) and int(info.sensitive_num_rejected) == 0
         assert float(info.sensitive_metrics["examples"]) == 2 * sum(SIZES[k] for k in ids)
 
 
@@ -228,7 +228,7 @@ def test_contract(algorithm, people, start):
         empty = people.cohort(nobody, jax.random.key(0), batch_size=4)
         still, seen = run_round(algorithm, state, empty, key, engine="jit")
         close(still.params, as_float64(start))
-        assert int(seen.num_clients) == len(nobody) and int(still.round) == 1
+        assert int(seen.sensitive_num_clients) == len(nobody) and int(still.round) == 1
     # Clients that do not take part keep what they had.
     for before, after in zip(
         jax.tree.leaves(state.clients), jax.tree.leaves(one.clients), strict=True
@@ -250,7 +250,7 @@ def test_a_client_that_diverges_is_left_out_and_counted(algorithm, people, start
         algorithm, state, some.cohort([0, 4], jax.random.key(0), batch_size=4),
         jax.random.key(1), engine="jit",
     )  # fmt: skip
-    assert int(info.num_clients) == 3 and int(info.num_rejected) == 1
+    assert int(info.sensitive_num_clients) == 3 and int(info.sensitive_num_rejected) == 1
     jax.tree.map(np.testing.assert_array_equal, with_it, without)
 
 
