@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
+import federated_reference as reference
 
 from dpjax.errors import DpjaxError
 from dpjax.federated import (
