@@ -25,7 +25,10 @@ class LocalData(NamedTuple):
         """The examples of a local step with a leading axis, and which of them are real."""
         at = jnp.clip(self.first_step + step, 0, self.batches.shape[0] - 1)
         rows = self.batches[at]
-        return jax.tree.map(lambda x: x[jnp.maximum(rows, 0)], self.examples), rows >= 0
+        # Padding repeats the client's own first row: another's could bring a NaN, which gradients
+        # carry through any mask.
+        own = jnp.where(rows >= 0, rows, jnp.maximum(rows[0], 0))
+        return jax.tree.map(lambda x: x[own], self.examples), rows >= 0
 
 
 class LocalResult(NamedTuple):
