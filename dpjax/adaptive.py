@@ -118,8 +118,41 @@ def next_relative_clip_norm(
     uncut = counts & (norms <= relative_clip_norm * clip_norm)
     # Half units as integers: exact however large the batch.
     halves = 2 * jnp.sum(uncut.astype(jnp.int32)) - jnp.sum(counts.astype(jnp.int32))
+    return moved_by_count(
+        adaptive,
+        relative_clip_norm,
+        0.5 * halves.astype(jnp.float32),
+        expected_batch_size=expected_batch_size,
+        stddev=stddev,
+        key=key,
+        release=release,
+    )
+
+
+def moved_by_count(
+    adaptive: AdaptiveClipping,
+    relative_clip_norm: Float[Array, ""],
+    sensitive_count: Float[Array, ""],
+    *,
+    expected_batch_size: float,
+    stddev: float,
+    key: RandomKey,
+    release: Int[Array, ""],
+) -> Float[Array, ""]:
+    """`next_relative_clip_norm` from a count that was summed elsewhere, without noise so far.
+
+    Args:
+      sensitive_count: sum over examples of 1/2 if uncut, else -1/2.
+
+    Example:
+      >>> moved = moved_by_count(
+      ...     AdaptiveClipping(), jnp.float32(1), jnp.float32(-1), expected_batch_size=2.0,
+      ...     stddev=0.0, key=jax.random.key(0), release=jnp.int32(0))
+      >>> print(f"{moved:.4f}")
+      1.1052
+    """
     stream = jax.random.fold_in(jax.random.fold_in(key, _COUNT_STREAM), release)
-    noisy = 0.5 * halves.astype(jnp.float32) + stddev * jax.random.normal(stream, (), jnp.float32)
+    noisy = sensitive_count + stddev * jax.random.normal(stream, (), jnp.float32)
     share = jnp.clip(noisy / expected_batch_size + 0.5, 0.0, 1.0)
     step = -adaptive.learning_rate * (share - adaptive.target_quantile)
     return jnp.clip(relative_clip_norm * jnp.exp(step), SMALLEST, LARGEST)

@@ -26,6 +26,14 @@ from dpjax.federated.partition import (
     partition_shards,
 )
 from dpjax.federated.personalised import personal_params, personalised
+from dpjax.federated.private import (
+    PrivateServer,
+    Simulated,
+    check_private_state,
+    private,
+    sample_cohort,
+    scaled_to_cohort,
+)
 from dpjax.federated.round import (
     FederatedState,
     RoundInfo,
@@ -43,8 +51,11 @@ __all__ = [
     "FederatedState",
     "LocalData",
     "LocalResult",
+    "PrivateServer",
     "RoundInfo",
+    "Simulated",
     "batch_gradient",
+    "check_private_state",
     "client_mesh",
     "clients_by",
     "difference",
@@ -61,7 +72,10 @@ __all__ = [
     "partition_shards",
     "personal_params",
     "personalised",
+    "private",
     "run_round",
+    "sample_cohort",
     "scaffold",
+    "scaled_to_cohort",
     "server_step",
 ]
