@@ -3,6 +3,7 @@
 An algorithm is three pure functions in one file; `run_round` runs any of them over devices.
 """
 
+from dpjax.federated.aggregation import Aggregator, fixed_point, plain, with_aggregator
 from dpjax.federated.algorithm import (
     Aggregate,
     Algorithm,
@@ -13,6 +14,16 @@ from dpjax.federated.algorithm import (
     example_weight,
     local_training,
     server_step,
+)
+from dpjax.federated.boundary import (
+    CheckedUpdate,
+    Rejection,
+    Rejections,
+    UpdateMessage,
+    check_update,
+    pack_update,
+    read_message,
+    unpack_update,
 )
 from dpjax.federated.clients import Clients, Cohort, clients_by
 from dpjax.federated.fed_avg import fed_avg
@@ -34,6 +45,7 @@ from dpjax.federated.private import (
     sample_cohort,
     scaled_to_cohort,
 )
+from dpjax.federated.robust import coordinate_median, krum, norm_bounded, robust, trimmed_mean
 from dpjax.federated.round import (
     FederatedState,
     RoundInfo,
@@ -45,37 +57,54 @@ from dpjax.federated.scaffold import scaffold
 
 __all__ = [
     "Aggregate",
+    "Aggregator",
     "Algorithm",
+    "CheckedUpdate",
     "Clients",
     "Cohort",
     "FederatedState",
     "LocalData",
     "LocalResult",
     "PrivateServer",
+    "Rejection",
+    "Rejections",
     "RoundInfo",
     "Simulated",
+    "UpdateMessage",
     "batch_gradient",
     "check_private_state",
+    "check_update",
     "client_mesh",
     "clients_by",
+    "coordinate_median",
     "difference",
     "example_weight",
     "fed_avg",
     "fed_nova",
     "fed_prox",
+    "fixed_point",
     "init_federated",
+    "krum",
     "label_counts",
     "local_training",
     "mime_lite",
+    "norm_bounded",
+    "pack_update",
     "partition_dirichlet",
     "partition_iid",
     "partition_shards",
     "personal_params",
     "personalised",
+    "plain",
     "private",
+    "read_message",
+    "robust",
     "run_round",
     "sample_cohort",
     "scaffold",
     "scaled_to_cohort",
     "server_step",
+    "trimmed_mean",
+    "unpack_update",
+    "with_aggregator",
 ]
