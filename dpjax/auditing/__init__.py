@@ -57,6 +57,7 @@ from dpjax.auditing.lira import (
 from dpjax.auditing.matching import Match, NearDuplicate, SuffixIndex, near_duplicates
 from dpjax.auditing.membership import (
     distribution_check,
+    loss_attacks,
     loss_score,
     membership_attacks,
     min_k_plus_plus_score,
@@ -138,6 +139,7 @@ __all__ = [
     "lira_offline",
     "lira_online",
     "logit_confidence",
+    "loss_attacks",
     "loss_score",
     "mechanism_family",
     "membership_attacks",

@@ -96,7 +96,9 @@ def tpr_at_fpr(
     the rate is then that at no observed false positive, and ``is_resolved`` is False.
 
     Returns:
-      The rate with its Clopper-Pearson interval, for the threshold as it was found.
+      The rate, with an interval for the rate at the threshold that all non-members, not these
+      alone, would set. Half of the error probability is for that threshold, which lies between two
+      of the scores (a binomial count of them is above it); the other half is Clopper and Pearson's.
 
     Example:
       >>> found = tpr_at_fpr(np.arange(50.0, 150.0), np.arange(100.0), 0.01)
@@ -110,13 +112,15 @@ def tpr_at_fpr(
     ranked = np.sort(outside)[::-1]
     # Accused is who scores above this: the next non-member, which would be one too many.
     threshold = ranked[min(allowed, len(ranked) - 1)]
-    hits = int(np.sum(inside > threshold))
-    tail = (1 - confidence) / 2
-    n = len(inside)
-    low = float(stats.beta.ppf(tail, hits, n - hits + 1)) if hits else 0.0
-    high = float(stats.beta.ppf(1 - tail, hits + 1, n - hits)) if hits < n else 1.0
+    n, tail = len(inside), (1 - confidence) / 4
+    fewest, most = stats.binom.ppf([tail, 1 - tail], len(ranked), false_positive_rate).astype(int)
+    surely = int(np.sum(inside >= ranked[fewest - 1])) if fewest else 0
+    perhaps = int(np.sum(inside > ranked[most])) if most < len(ranked) else n
+    low = float(stats.beta.ppf(tail, surely, n - surely + 1)) if surely else 0.0
+    high = float(stats.beta.ppf(1 - tail, perhaps + 1, n - perhaps)) if perhaps < n else 1.0
+    hits = float(np.mean(inside > threshold))
     return RateAt(
-        Interval(hits / n, low, high, confidence), int(np.sum(outside > threshold)), allowed > 0
+        Interval(hits, low, high, confidence), int(np.sum(outside > threshold)), allowed > 0
     )
 
 

@@ -10,11 +10,11 @@ import numpy as np
 
 from dpjax.auditing.curves import attack_result
 from dpjax.auditing.results import AttackResult
-from dpjax.auditing.scoring import TokenStatistics, token_statistics
+from dpjax.auditing.scoring import TokenStatistics, score_examples, token_statistics
 from dpjax.data import Dataset, Tokenizer
 from dpjax.errors import DpjaxError
 from dpjax.models import DecoderConfig, apply
-from dpjax.types import PyTree, RandomKey, require_key
+from dpjax.types import LossFn, PyTree, RandomKey, TrainingData, require_key
 
 ONE_DISTRIBUTION = "members and non-members are from one distribution (see distribution_check)"
 
@@ -105,6 +105,7 @@ def neighbourhood_score(
     proposal: tuple[DecoderConfig, PyTree] | None = None,
     top: int = 20,
     batch_size: int = 64,
+    **scoring: Any,
 ) -> np.ndarray:
     """Mean log-probability of a sequence minus that of its neighbours: float64[N].
 
@@ -115,6 +116,7 @@ def neighbourhood_score(
       proposal: (config, params) of a model with the same vocabulary; default the attacked one.
       num_neighbours: for each sequence.
       num_replaced: tokens replaced in each, or all that count if there are fewer.
+      scoring: ``devices``, ``cache``, ``progress`` of `token_statistics`.
 
     Source: Mattern et al. (2023), with a causal model's proposals.
     """
@@ -123,7 +125,8 @@ def neighbourhood_score(
             f"num_neighbours is {num_neighbours}, num_replaced {num_replaced}, top {top}; use at "
             "least 1, 1 and 2"
         )
-    own = loss_score(token_statistics(config, params, dataset, batch_size=batch_size))
+    scoring |= {"batch_size": batch_size}
+    own = loss_score(token_statistics(config, params, dataset, **scoring))
     total = np.zeros(len(dataset))
     for number in range(num_neighbours):
         neighbours = _neighbours(
@@ -134,7 +137,7 @@ def neighbourhood_score(
             top,
             batch_size,
         )
-        total += loss_score(token_statistics(config, params, neighbours, batch_size=batch_size))
+        total += loss_score(token_statistics(config, params, neighbours, **scoring))
     return own - total / num_neighbours
 
 
@@ -195,10 +198,54 @@ def membership_attacks(
                 data,
                 key=jax.random.fold_in(require_key(neighbour_key), i),
                 proposal=reference,
-                batch_size=scoring.get("batch_size", 64),
+                **scoring,
             )
             for i, data in enumerate(groups)
         ]
+    return [
+        attack_result(name, inside, outside, assumptions=assumptions, confidence=confidence)
+        for name, (inside, outside) in scores.items()
+    ]
+
+
+def loss_attacks(
+    loss_fn: LossFn,
+    params: PyTree,
+    members: TrainingData,
+    non_members: TrainingData,
+    *,
+    reference: tuple[LossFn, PyTree] | None = None,
+    confidence: float = 0.95,
+    assumptions: Sequence[str] = (ONE_DISTRIBUTION,),
+    **scoring: Any,
+) -> list[AttackResult]:
+    """Membership from the losses of any model, text or not, in one call.
+
+    Args:
+      loss_fn: ``loss_fn(params, example) -> scalar`` for one example.
+      members, non_members: data sets of what ``loss_fn`` takes.
+      reference: (loss_fn, params) of a model that saw none of the members; adds the attack by the
+        difference of both losses, which does not mistake easy examples for members.
+      scoring: ``batch_size``, ``devices``, ``cache``, ``cache_name``, ``progress`` of
+        `score_examples`.
+
+    Source: Yeom et al. (2018); Carlini et al. (2021), section 5.2, for the reference.
+
+    Example:
+      >>> from dpjax.data import ArrayDataset
+      >>> data = [ArrayDataset({"x": np.arange(n, n + 3, dtype=np.float32)}) for n in (0, 3)]
+      >>> found = loss_attacks(lambda w, e: (w - e["x"]) ** 2, jnp.float32(1.0), *data)
+      >>> found[0].attack, found[0].metrics["auc"].value
+      ('loss', 1.0)
+    """
+    groups = (members, non_members)
+    own = [-score_examples(loss_fn, params, data, **scoring) for data in groups]
+    scores = {"loss": own}
+    if reference is not None:
+        if scoring.get("cache_name"):  # another loss of equal parameters is no hit
+            scoring["cache_name"] += ", reference"
+        base = [-score_examples(*reference, data, **scoring) for data in groups]
+        scores["reference"] = [s - b for s, b in zip(own, base, strict=True)]
     return [
         attack_result(name, inside, outside, assumptions=assumptions, confidence=confidence)
         for name, (inside, outside) in scores.items()

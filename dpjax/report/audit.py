@@ -141,7 +141,7 @@ def bound_rows(section: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 BOUND_COLUMNS = ("Method", "ε at least", "Ceiling", "Right", "Threshold", "Assumes")
-ATTACK_COLUMNS = ("Attack", "Sees", "Metric", "Value", "Interval", "In / out")
+ATTACK_COLUMNS = ("Attack", "Sees", "Metric", "Value", "Interval", "In / out", "Assumes")
 
 
 def attack_rows(section: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -154,6 +154,7 @@ def attack_rows(section: dict[str, Any]) -> list[tuple[str, ...]]:
             _number(metric["value"]),
             f"{_number(metric['low'])} to {_number(metric['high'])}",
             f"{attack['num_members']:,} / {attack['num_non_members']:,}",
+            "; ".join(attack["assumptions"]) or "none",
         )
         for attack in section["attacks"]
         for metric in attack["metrics"]

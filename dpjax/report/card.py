@@ -179,8 +179,14 @@ def _setting(inputs: CardInputs, bounds: Bounds) -> dict[str, Any]:
     for letter, meaning in VIEWS.items():
         applies = letter in inputs.views
         words = NO_GUARANTEE
-        if letter == "S":
-            words = "no single updates exist: training is central, and its operator is trusted"
+        if letter == "S" and inputs.model == "central":
+            words = (
+                f"{NO_GUARANTEE}: noise is added after single updates were seen"
+                if applies
+                else "no single updates exist: training is central, and its operator is trusted"
+            )
+        elif letter == "S" and inputs.model == "distributed":
+            words = "single updates are hidden by secure aggregation, not by the bound"
         elif covered:
             words = "covered: the bound composes all iterations, the rest is post-processing"
         views.append(
@@ -188,14 +194,14 @@ def _setting(inputs: CardInputs, bounds: Bounds) -> dict[str, Any]:
                 "view": letter,
                 "meaning": meaning,
                 "opened": applies,
-                "covered": covered and letter != "S",
+                "covered": covered and (letter != "S" or inputs.model == "local"),
                 "words": words,
             }
         )
     return {
-        "model": "central",
+        "model": inputs.model,
         "trust": inputs.trust,
-        "cryptography": "none: records and gradients are in the clear where training runs",
+        "cryptography": inputs.cryptography,
         "threat_views": views,
     }
 

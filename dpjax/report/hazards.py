@@ -1,5 +1,6 @@
 """Warnings that the code raises on a card, whatever its author would have liked to say."""
 
+import math
 from typing import NamedTuple
 
 from dpjax.report.evidence import NO_GUARANTEE, Bounds, Evidence
@@ -22,7 +23,7 @@ def find_hazards(
     """Every hazard that this run and its ledger show, gravest first."""
     found = _void(inputs, evidence)
     if inputs.mechanism.is_private:
-        found += [*_unit(inputs), *_size(inputs), *_key(inputs)]
+        found += [*_unit(inputs), *_size(inputs), *_key(inputs), *_views(inputs)]
     found += [*_budget(inputs, evidence, bounds, total), *_handling(inputs), *_audit(inputs)]
     order = ("void", "warning", "note")
     return sorted(found, key=lambda hazard: order.index(hazard.severity))
@@ -36,6 +37,14 @@ def _void(inputs: CardInputs, evidence: Evidence) -> list[Hazard]:
     if evidence.mismatches:
         text = "What ran is not what was accounted for: " + "; ".join(evidence.mismatches) + "."
         found.append(Hazard("sampling_mismatch", "void", text))
+    weakest = min((e["release"]["noise_multiplier"] for e in evidence.actual), default=math.inf)
+    planned = inputs.mechanism.noise_multiplier or 0.0
+    if weakest < planned:
+        text = (
+            f"Noise of {weakest:g} times the sensitivity was added where {planned:g} was accounted "
+            "for: it was rescaled to a cohort that did not exist."
+        )
+        found.append(Hazard("noise_rescaled", "void", text))
     if not evidence.steps_within_plan:
         text = (
             f"{evidence.steps_executed} iterations ran, more than the {evidence.steps_planned} "
@@ -91,6 +100,13 @@ def _size(inputs: CardInputs) -> list[Hazard]:
             "one whole record at random would satisfy it."
         )
         found.append(Hazard("delta_not_below_1_over_n", "warning", text))
+    imagined = inputs.mechanism.population
+    if imagined not in (None, inputs.dataset_size):
+        text = (
+            f"The mechanism was planned for {imagined} units and ran on {inputs.dataset_size}: "
+            "expected batch, normaliser and delta are those of a cohort that was not there."
+        )
+        found.append(Hazard("imagined_cohort", "warning", text))
     if not inputs.dataset_size_is_public:
         text = (
             f"The number of units, {inputs.dataset_size}, is not declared public, yet this card "
@@ -98,6 +114,19 @@ def _size(inputs: CardInputs) -> list[Hazard]:
         )
         found.append(Hazard("dataset_size_not_public", "note", text))
     return found
+
+
+def _views(inputs: CardInputs) -> list[Hazard]:
+    """What is released on the way, before the noise that the bound counts."""
+    if "S" not in inputs.views or inputs.model == "local":
+        return []
+    text = "Single updates are seen before noise is added: the bound does not cover them."
+    if inputs.model == "distributed":
+        text = (
+            "Single updates are hidden by secure aggregation alone; where it fails, the bound does "
+            "not cover them."
+        )
+    return [Hazard("intermediate_releases_uncovered", "warning", text)]
 
 
 def _key(inputs: CardInputs) -> list[Hazard]:

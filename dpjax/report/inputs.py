@@ -1,7 +1,7 @@
 """What a run knows about itself that neither its mechanism nor its ledger can tell."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from dpjax import accounting
 from dpjax.errors import DpjaxError
@@ -52,6 +52,9 @@ class CardInputs:
       views: which threat views (letters of S, A, W, B, Y) the release opens.
       intended_use: in words.
       trust: who sees raw records, single updates and checkpoints, in words.
+      model: where noise is added: "central" (whoever trains), "local" (each client, before anybody
+        sees its update), "distributed" (clients together, under secure aggregation).
+      cryptography: scheme, parameters, security bits and what it does not protect, in words.
       published_key: the seed was chosen by the user, so others can repeat the noise.
       precision: dtypes, e.g. "float32".
       devices: e.g. ("cpu x 2",); never a host name.
@@ -103,6 +106,8 @@ class CardInputs:
         "whoever runs the training sees the raw records, every gradient and the noise key; "
         "everyone else sees what is released"
     )
+    model: Literal["central", "local", "distributed"] = "central"
+    cryptography: str = "none: records and gradients are in the clear where training runs"
     published_key: bool = False
     precision: str = "float32"
     devices: tuple[str, ...] = ()
@@ -126,6 +131,8 @@ class CardInputs:
                 raise DpjaxError(f"{name} is {value}; it must be at least 1")
         for name in ("artifact_sha256", "config_sha256"):
             _check_sha256(name, getattr(self, name))
+        if self.model not in ("central", "local", "distributed"):
+            raise DpjaxError(f"model is {self.model!r}; use central, local or distributed")
         for view in self.views:
             if view not in VIEWS:
                 raise DpjaxError(f"views holds {view!r}; use letters of: {', '.join(VIEWS)}")

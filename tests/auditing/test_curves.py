@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from jax_privacy import auditing as statistics
+from scipy import stats
 from sklearn import metrics
 
 from dpjax.auditing.curves import attack_result, auc, roc_curve, tpr_at_fpr
@@ -57,6 +58,22 @@ def test_rate_at_few_false_positives():
     theirs = statistics.CanaryScoreAuditor(inside, outside).tpr_at_given_fpr(0.01)
     assert found.rate.value == pytest.approx(float(theirs), abs=0.01)
     assert found.rate.low < found.rate.value < found.rate.high
+
+
+@pytest.mark.parametrize(("count", "rate"), [(2000, 0.01), (300, 0.05)])
+def test_rate_interval_covers_though_its_threshold_is_estimated(count, rate):
+    """True rates of two normals 2 apart; an interval for the threshold found misses far more."""
+    rng = np.random.default_rng(4)
+    truth, missed, conditional, width = stats.norm.cdf(2 + stats.norm.ppf(rate)), 0, 0, []
+    for _ in range(1000):
+        found = tpr_at_fpr(rng.normal(2, 1, count), rng.normal(0, 1, count), rate, 0.9).rate
+        missed += not found.low <= truth <= found.high
+        half = 1.645 * (found.value * (1 - found.value) / count) ** 0.5
+        conditional += abs(found.value - truth) > half
+        width.append(found.high - found.low)
+    assert missed <= 100 + 3 * 90**0.5 < 300 < conditional
+    # Not empty talk: less than three times as wide as one for a known threshold.
+    assert np.mean(width) < 0.4
 
 
 def test_too_few_non_members_are_no_rate():

@@ -11,6 +11,7 @@ import pytest
 from dpjax.auditing import scoring
 from dpjax.auditing.membership import (
     distribution_check,
+    loss_attacks,
     loss_score,
     membership_attacks,
     min_k_plus_plus_score,
@@ -148,6 +149,33 @@ def test_padding_and_the_last_batch_do_not_matter(memorised):
     other = type(data)(tokens, data.loss_mask, data.user_ids)
     found = token_statistics(CONFIG, memorised, other, batch_size=7)
     np.testing.assert_array_equal(loss_score(whole), loss_score(found))
+
+
+def test_any_loss_is_attacked_in_one_call(tmp_path):
+    """Examples of very different difficulty; the model fits its members a little better."""
+    rng = np.random.default_rng(0)
+    difficulty = rng.exponential(1.0, 400).astype(np.float32)
+    noise = (0.02 * rng.normal(size=400)).astype(np.float32)
+    is_member = np.arange(400) < 200
+    fields = {"d": difficulty, "e": noise, "m": is_member.astype(np.float32)}
+    sides = [ArrayDataset({k: v[which] for k, v in fields.items()})
+             for which in (is_member, ~is_member)]  # fmt: skip
+
+    def loss_fn(params, example):
+        return example["d"] + example["e"] - params * example["m"]
+
+    settings = {"batch_size": 64, "cache": tmp_path, "cache_name": "invented"}
+    # Another loss of the same parameters: not to be taken from the cache of the first.
+    reference = (lambda params, example: example["d"], jnp.float32(0.1))
+    loss, told = loss_attacks(loss_fn, jnp.float32(0.1), *sides, reference=reference, **settings)
+    assert (loss.attack, told.attack) == ("loss", "reference")
+    assert loss.metrics["auc"].value < 0.65 and told.metrics["auc"].low > 0.95
+    assert told.num_members == 200 and "one distribution" in told.assumptions[0]
+    (alone,) = loss_attacks(loss_fn, jnp.float32(0.1), *sides)
+    assert alone.metrics == loss.metrics and list(tmp_path.rglob("*.npz"))
+    # Without members' advantage the reference finds nothing.
+    nothing = loss_attacks(loss_fn, jnp.float32(0.0), *sides, reference=reference)[1]
+    assert nothing.metrics["auc"].low < 0.5 < nothing.metrics["auc"].high
 
 
 def test_one_compilation_for_any_number(caplog):

@@ -307,6 +307,52 @@ def test_hazards_are_raised_by_code(quick, folder, private_card):
     validate_card(card)
 
 
+def test_noise_for_an_imagined_cohort(quick, folder):
+    """The noise that 50 times as many clients would have needed."""
+    planned = mechanism()
+    path = trained(folder / "imagined.jsonl", planned)
+
+    def weaken(record):
+        if record["kind"] == "release":
+            release = {**record["release"], "noise_multiplier": 2.0 / 50}
+            record = {**record, "release": release}
+        yield record
+
+    forge(path, weaken)
+    card = card_of(path, planned)
+    assert carries_no_epsilon(card) and "noise_rescaled" in hazards(card)
+    words = next(h for h in card["hazards"] if h["code"] == "noise_rescaled")["text"]
+    assert "0.04 times" in words and "2 was accounted" in words
+    # More noise than planned voids the card too, but nobody imagined a cohort.
+    other = card_of(folder / "imagined.jsonl", mechanism(noise_multiplier=0.01))
+    assert carries_no_epsilon(other) and "noise_rescaled" not in hazards(other)
+    # Planned for more units than there were.
+    real = trained(folder / "real.jsonl", mechanism())
+    card = card_of(real, mechanism(population=50 * POPULATION))
+    assert "imagined_cohort" in hazards(card)
+    assert "imagined_cohort" not in hazards(card_of(real, mechanism()))
+
+
+def test_single_updates_that_a_server_sees(quick, folder, private_card):
+    assert "intermediate_releases_uncovered" not in hazards(private_card)
+    path, planned = folder / "private.jsonl", mechanism()
+
+    def seen(**changes):
+        card = card_of(path, planned, views=("S", "W"), **changes)
+        validate_card(card)
+        view = card["setting"]["threat_views"][0]
+        assert view["view"] == "S" and view["opened"] and card["setting"]["model"]
+        return view, "intermediate_releases_uncovered" in hazards(card)
+
+    view, raised = seen()
+    assert raised and not view["covered"]
+    assert view["words"].startswith("no formal guarantee")
+    view, raised = seen(model="distributed", cryptography="pairwise masks")
+    assert raised and not view["covered"] and "secure aggregation" in view["words"]
+    view, raised = seen(model="local")
+    assert not raised and view["covered"]
+
+
 def test_a_diverged_loss_is_null(quick, folder, private_card):
     number = {"metric": "loss", "split": "held out", "n": None, "covered": False}
     number |= {"value": math.nan, "low": -math.inf, "high": None}
@@ -350,6 +396,7 @@ def test_created_is_now_in_utc_by_default(folder, void_card):
         ({"artifact_sha256": "abc"}, "artifact_sha256 is 'abc'"),
         ({"config_sha256": "XY" * 32}, "config_sha256 is"),
         ({"views": ("Q",)}, "views holds 'Q'"),
+        ({"model": "federated"}, "model is 'federated'"),
         ({"run": 5}, "run 5 is not in ledger"),
         ({"pretraining": ({"name": "x"},)}, "an entry of pretraining"),
         (

@@ -10,11 +10,14 @@ import matplotlib
 import numpy as np
 import pytest
 
+from dpjax.auditing.rates import rate_result
+from dpjax.auditing.results import EpsilonBound
 from dpjax.errors import DpjaxError
 from dpjax.report import (
     Curve,
     Sample,
     TableData,
+    audit_section,
     epsilon_figure,
     loss_figure,
     report_html,
@@ -29,6 +32,10 @@ CURVES = [
 ]
 TABLES = [TableData("Held-out loss", ("Model", "Loss"), [("start", "4.00"), ("private", "3.20")])]
 SAMPLES = [Sample("private", "hello there", covered=True), Sample("not private", "card 4929")]
+BOUNDS = [
+    EpsilonBound("one_run", 1.234, 5.78, 1e-5, 0.95, "fixed before", 1000, 100, 80),
+    EpsilonBound("gaussian_dp", 3.0, 29.2, 1e-5, 0.95, "paid", 1000, assumption="all is Gaussian"),
+]
 VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
 
 
@@ -214,3 +221,22 @@ def test_bad_curves_get_one_line(curves, fragment):
     for draw in (loss_figure, epsilon_figure):
         with pytest.raises(DpjaxError, match=fragment):
             draw(curves)
+
+
+def test_audit_stands_with_intervals_ceilings_and_assumptions(private_card):
+    attack = rate_result("greedy", [True] * 9 + [False], [True] + [False] * 9,
+                         assumptions=("the prompt is known <b>",))  # fmt: skip
+    card = copy.deepcopy(private_card)
+    claimed = card["claim"]["epsilon"]
+    card["audit"] = audit_section(
+        BOUNDS, [attack], claimed_epsilon=claimed, threat_view="W", canary_kind="random tokens",
+        num_canaries=1000, inclusion_probability=0.5, seeds=(3,),
+    )  # fmt: skip
+    page = report_html(card)
+    assert "<h2>Audit: FALSIFIED</h2>" in page  # 1.234 against a claim below it
+    assert claimed < 1.23 and "at least 1.23" in page and "at most 5.78" in page
+    for cell in ("29.20", "all is Gaussian", "80 of 100", "the prompt is known &lt;b&gt;"):
+        assert cell in page, cell
+    low, high = attack.metrics["extra_rate"].low, attack.metrics["extra_rate"].high
+    assert f"{low:.3g} to {high:.3g}" in page and "extra rate" in page and "rate on twins" in page
+    assert "the final weights are public" in page
