@@ -63,7 +63,8 @@ class Algorithm(NamedTuple):
         then is a round like any other. None divides by the realised weights, and a round without
         any weight moves nothing.
       combine: ``combine(updates, weights) -> update`` in place of the weighted mean, with a leading
-        axis of clients; rows of weight 0 are absent. Costs memory for every client's update.
+        axis of clients in no certain order. Rows of weight 0 (absent, rejected, padding) are zeros
+        and must not count. Costs memory for every client's update; not with ``normalize_by``.
     """
 
     name: str

@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dpjax.errors import DpjaxError
-from dpjax.federated.algorithm import Aggregate, Algorithm, LocalData
+from dpjax.federated.algorithm import Aggregate, Algorithm
 from dpjax.federated.clients import Cohort
+from dpjax.federated.shard import ShardResult, is_modular, run_shard
 from dpjax.types import PyTree, RandomKey, require_key
 
 Engine = Literal["shard_map", "pmap", "jit"]
@@ -38,14 +39,6 @@ class RoundInfo(NamedTuple):
     sensitive_num_rejected: Int[Array, ""]  # int32, of these, whose update was not finite: left out
     sensitive_metrics: dict[str, Float[Array, ""]]  # means over examples; "examples" their number
     sensitive_update_norm: Float[Array, ""]  # float32, of the mean update
-
-
-class _Totals(NamedTuple):
-    update: PyTree
-    weight: Array
-    num_clients: Array
-    num_rejected: Array
-    metrics: dict[str, Array]
 
 
 def init_federated(algorithm: Algorithm, params: PyTree, num_clients: int) -> FederatedState:
@@ -130,8 +123,13 @@ def run_round(
     shards, slots = cohort.client.shape
     if not clients_per_step >= 1:
         raise DpjaxError(f"clients_per_step is {clients_per_step}; it must be at least 1")
+    if algorithm.combine is not None and algorithm.normalize_by is not None:
+        raise DpjaxError(
+            f"{algorithm.name} has both combine and normalize_by; privacy needs the plain sum, "
+            "whose sensitivity is known: leave combine out, or the privacy"
+        )
     # More side by side than there are places would train padding.
-    at_once = 1 << (min(clients_per_step, slots).bit_length() - 1)
+    at_once = min(clients_per_step, slots)
     if engine == "jit":
         return _compiled(algorithm, "jit", None, at_once)(state, cohort, key)
     if engine not in ("shard_map", "pmap"):
@@ -171,37 +169,47 @@ def _round(
     mine = _client_states(state, cohort)
     key = jax.random.fold_in(key, state.round)
     if engine == "jit":
-        parts = [
-            _shard(algorithm, at_once, state.server, *_take((mine, cohort), s), key)
-            for s in range(cohort.client.shape[0])
-        ]
-        totals = functools.reduce(
-            lambda a, b: jax.tree.map(jnp.add, a, b), (total for total, _ in parts)
-        )
-        fresh = jax.tree.map(lambda *x: jnp.stack(x), *(kept for _, kept in parts))
+        found = _one_after_another(algorithm, at_once, state.server, mine, cohort, key)
     else:
         spec = jax.sharding.PartitionSpec
         along, everywhere = spec(AXIS), spec()
 
         def on_device(server, mine, cohort, key):
-            total, kept = _shard(algorithm, at_once, server, *_take((mine, cohort), 0), key)
-            return jax.lax.psum(total, AXIS), jax.tree.map(lambda x: x[None], kept)
+            result = run_shard(algorithm, at_once, server, *_take((mine, cohort), 0), key)
+            totals = jax.lax.psum(result.totals, AXIS)
+            return ShardResult(totals, *jax.tree.map(lambda x: x[None], result[1:]))
 
-        totals, fresh = jax.shard_map(
+        found = jax.shard_map(
             on_device,
             mesh=mesh,
             in_specs=(everywhere, along, along, everywhere),
-            out_specs=(everywhere, along),
+            out_specs=ShardResult(everywhere, along, along, along),
             check_vma=False,
         )(state.server, mine, cohort, key)
-    return _finish(algorithm, state, cohort, totals, fresh)
+    return _finish(algorithm, state, cohort, found)
+
+
+def _one_after_another(algorithm, at_once, server, mine, cohort, key) -> ShardResult:
+    """All shards on one device."""
+
+    def shard(carry, number):
+        result = run_shard(algorithm, at_once, server, *_take((mine, cohort), number), key)
+        return jax.tree.map(jnp.add, carry, result.totals), result[1:]
+
+    first = run_shard(algorithm, at_once, server, *_take((mine, cohort), 0), key)
+    if cohort.client.shape[0] == 1:
+        return ShardResult(first.totals, *jax.tree.map(lambda x: x[None], first[1:]))
+    shapes = jax.eval_shape(lambda: first.totals)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    totals, rest = jax.lax.scan(shard, zeros, jnp.arange(cohort.client.shape[0]))
+    return ShardResult(totals, *rest)
 
 
 def _pmap_round(algorithm, mesh, at_once, state, cohort, key):
     prepare, run, finish = _pmapped(algorithm, mesh, at_once)
     mine, key = prepare(state, cohort, key)
-    totals, fresh = run(state.server, mine, cohort, key)
-    return finish(state, cohort, jax.tree.map(lambda x: x[0], totals), fresh)
+    found = run(state.server, mine, cohort, key)
+    return finish(state, cohort, found._replace(totals=_take(found.totals, 0)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -210,8 +218,8 @@ def _pmapped(algorithm: Algorithm, mesh: Any, at_once: int) -> Any:
         return _client_states(state, cohort), jax.random.fold_in(key, state.round)
 
     def on_device(server, mine, cohort, key):
-        total, kept = _shard(algorithm, at_once, server, mine, cohort, key)
-        return jax.lax.psum(total, AXIS), kept
+        result = run_shard(algorithm, at_once, server, mine, cohort, key)
+        return result._replace(totals=jax.lax.psum(result.totals, AXIS))
 
     run = jax.pmap(
         on_device,
@@ -227,93 +235,27 @@ def _client_states(state: FederatedState, cohort: Cohort) -> PyTree:
     return jax.tree.map(lambda x: jnp.take(x, cohort.client, axis=0, mode="clip"), state.clients)
 
 
-def _take(tree: PyTree, shard: int) -> PyTree:
+def _take(tree: PyTree, shard: Any) -> PyTree:
     return jax.tree.map(lambda x: x[shard], tree)
 
 
-def _shard(
-    algorithm: Algorithm, at_once: int, server: Any, mine: PyTree, cohort: Cohort, key: RandomKey
-) -> tuple[_Totals, PyTree]:
-    """Sums over one device's clients, and what each of them keeps."""
-    slots = cohort.client.shape[0]
-
-    def one(client_state, place):
-        data = LocalData(
-            cohort.examples,
-            cohort.batches,
-            cohort.first_step[place],
-            cohort.num_steps[place],
-            cohort.steps_per_epoch[place],
-            cohort.num_examples[place],
-        )
-        own_key = jax.random.fold_in(key, cohort.client[place])
-        result = algorithm.local_update(server, client_state, data, own_key)
-        update = jax.tree.map(_summand, result.update)
-        finite = jnp.isfinite(result.weight) & (result.weight >= 0)
-        for leaf in jax.tree.leaves(update):
-            finite &= jnp.all(jnp.isfinite(leaf))
-        present = cohort.is_client[place]
-        counts = present & finite
-        weight = jnp.where(counts, result.weight.astype(jnp.float32), 0.0)
-        # Not only a product: zero times a value that is not finite is not zero.
-        update = jax.tree.map(
-            lambda x: (
-                jnp.where(counts, x, jnp.zeros_like(x))
-                * (jnp.ones((), x.dtype) if _is_modular(x) else weight)
-            ),
-            update,
-        )
-        metrics = {
-            name: jnp.where(counts, x.astype(jnp.float32), 0.0)
-            for name, x in result.metrics.items()
-        }
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(counts, new, old), result.client, client_state
-        )
-        one_or_none = present.astype(jnp.int32)
-        rejected = (present & ~finite).astype(jnp.int32)
-        return _Totals(update, weight, one_or_none, rejected, metrics), kept
-
-    def step(number, carry):
-        total, states = carry
-        if at_once == 1:
-            added, kept = one(_take_at(states, number), number)
-            states = jax.tree.map(lambda all_, new: all_.at[number].set(new), states, kept)
-        else:
-            places = number * at_once + jnp.arange(at_once)
-            several, kept = jax.vmap(one)(_take_at(states, places), places)
-            added = jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), several)
-            states = jax.tree.map(lambda all_, new: all_.at[places].set(new), states, kept)
-        return jax.tree.map(jnp.add, total, added), states
-
-    shapes = jax.eval_shape(one, _take_at(mine, 0), jnp.zeros((), jnp.int32))[0]
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    present = jnp.sum(cohort.is_client, dtype=jnp.int32)
-    chunks = jnp.minimum(-(-present // at_once), slots // at_once)
-    return jax.lax.fori_loop(0, chunks, step, (nothing, mine))
-
-
-def _is_modular(x: Array) -> bool:
-    return x.dtype == jnp.uint32
-
-
-def _summand(x: Array) -> Array:
-    return x if _is_modular(x) else x.astype(jnp.float32)
-
-
-def _take_at(tree: PyTree, places: Any) -> PyTree:
-    return jax.tree.map(lambda x: x[places], tree)
-
-
 def _finish(
-    algorithm: Algorithm, state: FederatedState, cohort: Cohort, totals: _Totals, fresh: PyTree
+    algorithm: Algorithm, state: FederatedState, cohort: Cohort, found: ShardResult
 ) -> tuple[FederatedState, RoundInfo]:
+    totals = found.totals
     weight = totals.weight
-    if algorithm.normalize_by is None:
-        scale = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
+    if algorithm.combine is not None:
+        shards, slots = cohort.client.shape
+        updates, weights = jax.tree.map(
+            lambda x: x.reshape(shards * slots, *x.shape[2:]), (found.updates, found.weights)
+        )
+        mean = algorithm.combine(updates, weights)
     else:
-        scale = jnp.float32(1.0 / algorithm.normalize_by)
-    mean = jax.tree.map(lambda x: x if _is_modular(x) else x * scale, totals.update)
+        if algorithm.normalize_by is None:
+            scale = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
+        else:
+            scale = jnp.float32(1.0 / algorithm.normalize_by)
+        mean = jax.tree.map(lambda x: x if is_modular(x) else x * scale, totals.update)
     taken = totals.num_clients - totals.num_rejected
     server = algorithm.server_update(state.server, Aggregate(mean, weight, taken))
     if algorithm.normalize_by is None:
@@ -322,14 +264,16 @@ def _finish(
             lambda new, old: jnp.where(weight > 0, new, old), server, state.server
         )
     clients = jax.tree.map(
-        lambda all_, new: all_.at[cohort.client].set(new, mode="drop"), state.clients, fresh
+        lambda all_, new: all_.at[cohort.client].set(new, mode="drop"),
+        state.clients,
+        found.clients,
     )
     seen = totals.metrics.get("examples", jnp.ones((), jnp.float32))
     metrics = {
         name: total if name == "examples" else total / jnp.maximum(seen, 1.0)
         for name, total in totals.metrics.items()
     }
-    squares = [jnp.sum(jnp.square(x)) for x in jax.tree.leaves(mean) if not _is_modular(x)]
+    squares = [jnp.sum(jnp.square(x)) for x in jax.tree.leaves(mean) if not is_modular(x)]
     norm = jnp.sqrt(functools.reduce(jnp.add, squares, jnp.zeros((), jnp.float32)))
     number = state.round + 1
     info = RoundInfo(number, totals.num_clients, totals.num_rejected, metrics, norm)
