@@ -54,6 +54,7 @@ SCENARIOS = (
     Scenario("alone", "no clipping, an average that is clipped, too little noise"),
     Scenario("first coordinate", "parameters at the front without noise"),
     Scenario("last coordinate", "parameters at the back without noise"),
+    Scenario("noise in common", "noise that arrays or entries share"),
     Scenario("against the crowd", "division by the realised batch"),
     Scenario("copies in the padding", "padding that is not masked"),
     Scenario("many tokens", "clipping of tokens in place of examples"),
@@ -241,6 +242,12 @@ def _inputs(mechanism: DPSGD, scenario: Scenario, present: bool, size: int) -> _
     if scenario.name in ("first coordinate", "last coordinate"):
         at = 0 if scenario.name == "first coordinate" else size - 1
         direction = np.eye(size)[at]
+        canary[0] = _LARGE * clip * direction
+    elif scenario.name == "noise in common":
+        # Opposite in neighbouring entries and in two arrays: noise drawn once for several cancels.
+        array, entry = np.divmod(np.arange(size), scenario.leaves[1])
+        direction = np.select([array == 0, array == 1], [1.0, -1.0]) * (-1.0) ** entry
+        direction /= np.linalg.norm(direction)
         canary[0] = _LARGE * clip * direction
     elif scenario.name == "against the crowd":
         # A small batch: what the canary changes in the divisor then weighs most.
