@@ -29,6 +29,11 @@ from dpjax.federated.clients import Clients, Cohort, clients_by
 from dpjax.federated.fed_avg import fed_avg
 from dpjax.federated.fed_nova import fed_nova
 from dpjax.federated.fed_prox import fed_prox
+from dpjax.federated.local_privacy import (
+    local_dp_event,
+    locally_private,
+    locally_private_laplace,
+)
 from dpjax.federated.mime_lite import mime_lite
 from dpjax.federated.partition import (
     label_counts,
@@ -86,7 +91,10 @@ __all__ = [
     "init_federated",
     "krum",
     "label_counts",
+    "local_dp_event",
     "local_training",
+    "locally_private",
+    "locally_private_laplace",
     "mime_lite",
     "norm_bounded",
     "pack_update",
