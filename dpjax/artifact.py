@@ -81,9 +81,9 @@ def load_model(folder: str | os.PathLike) -> Model:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DpjaxError(f"{path / _CONFIG} is corrupt ({error}); restore the folder") from None
     tokenizer = load_tokenizer(path / _TOKENIZER)
-    if tokenizer.vocabulary_size > config.vocabulary_size:
+    if tokenizer.num_embedded > config.vocabulary_size:
         raise DpjaxError(
-            f"the tokenizer in {path} has {tokenizer.vocabulary_size} tokens, the model only "
+            f"the tokenizer in {path} has {tokenizer.num_embedded} tokens, the model only "
             f"{config.vocabulary_size}; use the tokenizer that the model was trained with"
         )
     params = load_params(path / _PARAMS, abstract_params(config))

@@ -172,6 +172,8 @@ def _one_line(boxed: str, arguments: list[str]) -> str:
             words.append(text)
     # The first line is the box's title when it is drawn in the border.
     message = " ".join(words) or "the arguments are not understood"
+    # tyro's name for the place where a subcommand's own options hang.
+    message = message.replace("Error parsing __tyro-dummy-inner__.", "--")
     suggestion = boxed.partition("Perhaps you meant:")[2].split()
     hint = next((f"; did you mean {word}?" for word in suggestion if word.startswith("--")), "")
     command = arguments[0] if arguments and arguments[0] in _COMMANDS else ""

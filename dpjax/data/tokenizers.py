@@ -11,6 +11,7 @@ No record can contain a special id (padding, begin, end) by writing its name.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -134,6 +135,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             corpus=str(content["corpus"]),
             stop_ids=tuple(map(int, content.get("stop_ids", ()))),
             chat_template=content.get("chat_template"),
+            spare_rows=int(content.get("spare_rows", 0)),
         )
     except FileNotFoundError:
         raise DpjaxError(f"no tokenizer file at {path}; write one with Tokenizer.save") from None
@@ -174,6 +176,8 @@ class Tokenizer:
         "public".
       stop_ids: further ids that end a text, where a pretrained model has several.
       chat_template: a pretrained model's own, handed on when it is exported.
+      spare_rows: rows of a pretrained model's embedding behind the last id. They stand for no text,
+        but a model can draw them.
 
     Example:
       >>> tokenizer = byte_tokenizer()
@@ -188,6 +192,7 @@ class Tokenizer:
     corpus: str
     stop_ids: tuple[int, ...] = ()
     chat_template: str | None = None
+    spare_rows: int = 0
 
     def __post_init__(self) -> None:
         # The name of a special token, written in a record, is text like any other; also where the
@@ -207,10 +212,22 @@ class Tokenizer:
         """Padding, begin, end and further end ids: none of them is ever the id of text."""
         return frozenset((self.pad_id, self.bos_id, self.eos_id, *self.stop_ids))
 
-    @property
+    @functools.cached_property
     def vocabulary_size(self) -> int:
         """Number of ids, the special ones included: the rows of a model's embedding."""
-        return max(self.backend.get_vocab_size(), 1 + max(self.pad_id, self.bos_id, self.eos_id))
+        return 1 + max(*self.backend.get_vocab().values(), *self.special_ids)
+
+    @functools.cached_property
+    def num_embedded(self) -> int:
+        """Rows that an embedding cannot do without: ids of text, and `special_ids`.
+
+        A pretrained tokenizer may have further special tokens that its model has no row for (Gemma
+        3: the place of an image); they are never the id of text.
+        """
+        added = self.backend.get_added_tokens_decoder()
+        spelled = self.backend.get_vocab(with_added_tokens=False).values()
+        also = [number for number, token in added.items() if not token.special]
+        return 1 + max(*spelled, *also, *self.special_ids)
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``, without begin and end.
@@ -251,7 +268,7 @@ class Tokenizer:
         ]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``; special ids have none.
+        """The text of ``ids``; special ids and spare rows have none.
 
         Bytes that are not UTF-8 (a model may produce them) become U+FFFD.
 
@@ -266,13 +283,13 @@ class Tokenizer:
         numbers = [int(number) for number in ids]
         size = self.vocabulary_size
         for number in numbers:
-            if not 0 <= number < size:
+            if not 0 <= number < size + self.spare_rows:
                 raise DpjaxError(
                     f"token {number} is outside the vocabulary of {size}; decode with the"
                     " tokenizer that the model was trained with"
                 )
         special = self.special_ids
-        text = [number for number in numbers if number not in special]
+        text = [number for number in numbers if number < size and number not in special]
         return self.backend.decode(text, skip_special_tokens=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -337,6 +354,7 @@ class Tokenizer:
             "backend": json.loads(self.backend.to_str()),
             **({"stop_ids": list(self.stop_ids)} if self.stop_ids else {}),
             **({"chat_template": self.chat_template} if self.chat_template else {}),
+            **({"spare_rows": self.spare_rows} if self.spare_rows else {}),
         }
 
 

@@ -62,6 +62,13 @@ def read_hf_config(described: Mapping[str, Any], where: str) -> tuple[Family, De
       >>> family, config.num_kv_heads, config.segments
       ('llama', 4, (2,))
     """
+    quantised = described.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
+        raise DpjaxError(
+            f"{where}: the weights are quantised ({method}), which is not read from safetensors; "
+            "use the model's unquantised folder or a GGUF file"
+        )
     kind = described.get("model_type")
     if kind == "gemma3" and isinstance(described.get("text_config"), Mapping):
         # The multimodal checkpoint: its language model alone.
@@ -442,19 +449,13 @@ def _gpt2_tensors(config: DecoderConfig) -> tuple[list[Tensor], list[Tensor]]:
 def adapter_module(family: Family, target: str) -> str:
     """The module that PEFT wraps for a LoRA target, e.g. "self_attn.q_proj".
 
-    Raises:
-      DpjaxError: GPT-2's query, key and value, which are one fused matrix there.
+    GPT-2's query, key and value are thirds of one module.
 
     Example:
-      >>> adapter_module("llama", "query"), adapter_module("gpt2", "up")
-      ('self_attn.q_proj', 'mlp.c_fc')
+      >>> adapter_module("llama", "query"), adapter_module("gpt2", "key")
+      ('self_attn.q_proj', 'attn.c_attn')
     """
     if family != "gpt2":
         return _PROJECTIONS[target][1]
     modules = {"out": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
-    if target not in modules:
-        raise DpjaxError(
-            f"lora target {target!r} is a third of GPT-2's fused c_attn, for which PEFT has no "
-            "adapter; export the merged model instead"
-        )
-    return modules[target]
+    return modules.get(target, "attn.c_attn")

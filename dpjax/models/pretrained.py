@@ -135,7 +135,7 @@ def save_pretrained(
       base: with ``adapter``, the folder or hub id of the model that it goes with.
 
     Raises:
-      DpjaxError: no such architecture there, an adapter that PEFT has no form for, a full disk.
+      DpjaxError: no such architecture there, no adapter to write, a full disk.
 
     Example:
       >>> import jax
@@ -208,7 +208,7 @@ def _load_gguf(
         return _load_folder(cached, dtype, pretraining)
     family, config, names, read, tokenizer = read_gguf(path)
     params = from_tensors(family, config, names, read, str(path))
-    _check_tokenizer(tokenizer, config, path)
+    tokenizer = _fitted(tokenizer, config, path)
     model = Model(config, params, tokenizer, pretraining)
     _keep(cached, model)
     return _as_dtype(model, dtype)
@@ -245,20 +245,22 @@ def _load_folder(path: pathlib.Path, dtype: str, pretraining: tuple[dict, ...]) 
         raise DpjaxError(f"{path} is a dpjax model folder, not Hugging Face's; use load_model")
     family, config = read_hf_config(described, str(where))
     config = dataclasses.replace(config, dtype=dtype)
-    tokenizer = hub_tokenizer(path, described)
-    _check_tokenizer(tokenizer, config, path)
+    tokenizer = _fitted(hub_tokenizer(path, described), config, path)
     names, read = open_tensors(path)
     return Model(
         config, from_tensors(family, config, names, read, str(path)), tokenizer, pretraining
     )
 
 
-def _check_tokenizer(tokenizer: Tokenizer, config: DecoderConfig, path: pathlib.Path) -> None:
-    if tokenizer.vocabulary_size > config.vocabulary_size:
+def _fitted(tokenizer: Tokenizer, config: DecoderConfig, path: pathlib.Path) -> Tokenizer:
+    """The tokenizer, told of the rows that the model's embedding has beyond it."""
+    if tokenizer.num_embedded > config.vocabulary_size:
         raise DpjaxError(
-            f"the tokenizer of {path} has {tokenizer.vocabulary_size} tokens, its model only "
+            f"the tokenizer of {path} has {tokenizer.num_embedded} tokens, its model only "
             f"{config.vocabulary_size}; they do not belong together: fetch both again"
         )
+    spare = max(0, config.vocabulary_size - tokenizer.vocabulary_size)
+    return dataclasses.replace(tokenizer, spare_rows=spare)
 
 
 def _download(hub_id: str) -> pathlib.Path:

@@ -228,7 +228,8 @@ def generate_text(
             console.print(prompt + tokenizer.decode(text), markup=False)
             console.print("---")
     if counted and seconds > 0:
-        errors.print(f"{counted / seconds:,.0f} tokens/s after compilation")
+        rate = counted / seconds
+        errors.print(f"{rate:,.{0 if rate >= 10 else 2}f} tokens/s after compilation")
 
 
 def export(folder: str, output: str, adapter: bool, base: str | None) -> None:

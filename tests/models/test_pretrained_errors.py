@@ -1,5 +1,6 @@
 """What is wrong with a pretrained model, in one line that says what to do."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -11,7 +12,9 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 
+from dpjax.artifact import load_model, save_model
 from dpjax.data import byte_tokenizer, train_bpe
 from dpjax.errors import DpjaxError
 from dpjax.models import (
@@ -116,6 +119,11 @@ SETTINGS = {
     "part of a head, stretched": (
         {"rope_parameters": {**ROPE, "rope_type": "linear", "partial_rotary_factor": 0.5}},
         "0.5",
+    ),
+    "quantised": (
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "quantised (gptq)",
+        "GGUF",
     ),
     "kind of layer": (
         {
@@ -264,6 +272,38 @@ def test_eos_outside_the_model(folder):
     change(folder, "tokenizer_config.json", eos_token=None)
     change(folder, eos_token_id=50256)
     refused(folder, folder, "50257", "259")
+
+
+def test_special_tokens_without_a_row_in_the_model_are_no_mismatch(folder, tmp_path):
+    """Gemma 3's text models: their tokenizer has a place for images, one beyond their embedding."""
+    path = folder / "tokenizer.json"
+    backend = tokenizers.Tokenizer.from_file(str(path))
+    backend.add_special_tokens(["<image>"])
+    backend.save(str(path))
+    model = load_pretrained(folder)
+    tokenizer = model.tokenizer
+    assert (tokenizer.vocabulary_size, model.config.vocabulary_size) == (260, 259)
+    assert max(tokenizer.encode("see <image> here")) < 256  # nor does any text spell it
+    save_model(tmp_path / "ours", model)
+    assert load_model(tmp_path / "ours").tokenizer.encode("<image>") == [*b"<image>"]
+    save_pretrained(tmp_path / "again", model)
+    load_pretrained(tmp_path / "again")
+    backend.add_tokens(["spelled"])  # the same for a token that text can have
+    backend.save(str(path))
+    refused(folder, folder, "261", "259", "tokenizer")
+
+
+def test_rows_that_stand_for_no_token_decode_to_nothing(folder, tmp_path):
+    """As Qwen and others pad their embedding; a model can draw such a row."""
+    wider = dataclasses.replace(TINY, vocabulary_size=264)
+    small = Model(wider, init_params(wider, jax.random.key(0)), load_pretrained(folder).tokenizer)
+    save_pretrained(folder, small)
+    model = load_pretrained(folder)
+    save_model(tmp_path / "ours", model)
+    for tokenizer in (model.tokenizer, load_model(tmp_path / "ours").tokenizer):
+        assert tokenizer.decode([104, 263, 105, 259]) == "hi"
+        with pytest.raises(DpjaxError, match="264 is outside"):
+            tokenizer.decode([104, 264])
 
 
 def test_no_end_token(folder):

@@ -26,6 +26,7 @@ def call(monkeypatch, capsys, *arguments):
             ["--target-epsilom", "did you mean --target-epsilon"],
         ),
         (["train", "--data", "x.jsonl", "--target-epsilon", "much"], ["--target-epsilon", "much"]),
+        (["train", "--data", "x", "--lora.rank", "0"], ["dpjax: --lora: lora rank is 0"]),
         (["train"], ["--data"]),
         (["trian"], ["trian"]),
         ([], ["train"]),
