@@ -35,6 +35,9 @@ Reason = Literal[
     "bad weight",
     "not finite",
     "norm too large",
+    "wrong session",
+    "wrong step",
+    "bad signature",
 ]
 
 _MAGIC = b"dpjU\x01"
@@ -42,6 +45,7 @@ _LENGTH = struct.Struct("<I")
 _ENVELOPE = struct.Struct("<5sIQ16sdH")  # magic, length of all, round, nonce, weight, name length
 _ENVELOPE_MAGIC = b"dpjM\x01"
 _MAX_NAME = 1024  # bytes
+_NOTHING = np.zeros(0, np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +95,7 @@ class UpdateMessage:
     round: int
     nonce: bytes
     weight: float
-    payload: bytes
+    payload: bytes | memoryview
 
     def to_bytes(self) -> bytes:
         """The message as bytes; `read_message` is the way back.
@@ -141,7 +145,7 @@ def pack_update(tree: PyTree) -> bytes:
     return b"".join(parts)
 
 
-def unpack_update(data: bytes, like: PyTree) -> PyTree:
+def unpack_update(data: bytes | memoryview, like: PyTree) -> PyTree:
     """Arrays from bytes, in exactly the structure, shapes and dtypes of ``like``.
 
     Args:
@@ -186,7 +190,8 @@ def read_message(data: bytes, *, max_bytes: int) -> UpdateMessage | Rejection:
         client = bytes(data[_ENVELOPE.size : begin]).decode()
     except UnicodeDecodeError:
         return Rejection("malformed", "the client's name is not UTF-8")
-    return UpdateMessage(client, number, nonce, weight, data[begin:])
+    # A view: updates are large, and are copied at most once, by whoever keeps them.
+    return UpdateMessage(client, number, nonce, weight, memoryview(data)[begin:])
 
 
 def check_update(
@@ -246,14 +251,14 @@ def check_update(
     for path, leaf in jax.tree_util.tree_leaves_with_path(update):
         if not _is_float(leaf.dtype):
             continue
-        # float64 before anything else: neither float16 nor the squares below may overflow.
-        sizes = np.abs(leaf.astype(np.float64)).ravel()
-        largest = float(np.max(sizes, initial=0.0))  # NaN is the maximum of anything
-        if not math.isfinite(largest):
+        if not np.isfinite(leaf).all():
             return Rejection("not finite", f"{jax.tree_util.keystr(path)} holds NaN or infinity")
-        if l2_bound is not None and largest > 0:
-            relative = sizes / largest
-            norm = math.hypot(norm, largest * math.sqrt(float(relative @ relative)))
+        if l2_bound is not None:
+            # In float64 and units of the largest: neither float16 nor any square may overflow.
+            sizes = np.abs(leaf.ravel().astype(np.float64))
+            largest = float(np.max(sizes, initial=0.0)) or 1.0
+            sizes /= largest
+            norm = math.hypot(norm, largest * math.sqrt(float(sizes @ sizes)))
     if l2_bound is not None and norm > l2_bound:
         return Rejection("norm too large", f"L2 norm {norm:.6g}, at most {l2_bound:.6g}")
     return CheckedUpdate(update, weight, (in_round, once))
@@ -277,7 +282,7 @@ def _little_endian(x: np.ndarray) -> bytes:
     return x.tobytes()
 
 
-def _unpack(data: bytes, like: PyTree) -> PyTree | Rejection:
+def _unpack(data: bytes | memoryview, like: PyTree) -> PyTree | Rejection:
     expected = _header(like)
     leaves, structure = jax.tree.flatten(like)
     sizes = [math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in leaves]
@@ -297,14 +302,16 @@ def _unpack(data: bytes, like: PyTree) -> PyTree | Rejection:
     arrays = []
     for leaf, size in zip(leaves, sizes, strict=True):
         dtype = np.dtype(leaf.dtype)
-        # A slice keeps numpy from refusing unaligned or empty ends of the buffer.
-        part = np.frombuffer(data, np.uint8, count=size, offset=begin) if size else b""
+        part = np.frombuffer(data, np.uint8, count=size, offset=begin) if size else _NOTHING
         # A boolean that is neither 0 nor 1 is undefined behaviour in whatever reads it.
-        if dtype.kind == "b" and size and np.asarray(part).max() > 1:
+        if dtype.kind == "b" and size and part.max() > 1:
             return Rejection("malformed", "a boolean that is neither 0 nor 1")
-        values = np.frombuffer(bytes(part), dtype)
+        if part.ctypes.data % dtype.itemsize:
+            part = part.copy()  # numpy is slow on numbers that lie across words
+        values = part.view(dtype)
         if sys.byteorder == "big" and dtype.itemsize > 1:
             values = values.view(f"u{dtype.itemsize}").byteswap().view(dtype)
+        values.flags.writeable = False
         arrays.append(values.reshape(leaf.shape))
         begin += size
     return structure.unflatten(arrays)
