@@ -14,6 +14,7 @@ ORDER = [
     ["models"],
     ["clipping"],
     ["noise"],
+    ["discrete_noise"],
     ["sampling"],
     ["accounting"],
     ["trade_off"],
@@ -35,7 +36,7 @@ ORDER = [
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-FLAT = ("clipping", "noise", "adaptive", "sampling", "accounting")
+FLAT = ("clipping", "noise", "discrete_noise", "adaptive", "sampling", "accounting")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -26,6 +26,11 @@ from dpjax.federated.boundary import (
     unpack_update,
 )
 from dpjax.federated.clients import Clients, Cohort, clients_by
+from dpjax.federated.distributed_privacy import (
+    DistributedPrivacy,
+    DistributedServer,
+    distributed,
+)
 from dpjax.federated.fed_avg import fed_avg
 from dpjax.federated.fed_nova import fed_nova
 from dpjax.federated.fed_prox import fed_prox
@@ -67,6 +72,8 @@ __all__ = [
     "CheckedUpdate",
     "Clients",
     "Cohort",
+    "DistributedPrivacy",
+    "DistributedServer",
     "FederatedState",
     "LocalData",
     "LocalResult",
@@ -83,6 +90,7 @@ __all__ = [
     "clients_by",
     "coordinate_median",
     "difference",
+    "distributed",
     "example_weight",
     "fed_avg",
     "fed_nova",

@@ -132,6 +132,13 @@ def private(algorithm: Algorithm, mechanism: DPSGD, key: RandomKey) -> Algorithm
 
     def server_update(server, aggregate):
         mean, uncut = aggregate.update
+        like, found = jax.tree.structure(server.params), jax.tree.structure(mean)
+        if like != found and not isinstance(server.noise, NoiseState):
+            raise DpjaxError(
+                f"correlated_noise keeps its past in the parameters' structure, {like}, but the "
+                f"update has {found}; use independent noise, or an algorithm that sends changes of "
+                "the parameters only"
+            )
         privatizer = mechanism.privatizer(server.noise.key)
         noisy, noise = cast(Any, privatizer.update(mean, server.noise))
         relative = server.relative_clip_norm
