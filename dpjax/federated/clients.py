@@ -1,6 +1,7 @@
-"""Clients' ragged data, and the cohort of one round in shapes that compile once."""
+"""Clients' ragged data, and the cohort of one round in shapes that compile a few times at most."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -34,9 +35,21 @@ class Cohort(NamedTuple):
         return int(self.is_client.sum())
 
 
+class CohortShape(NamedTuple):
+    """Room in each shard of a cohort; what does not fill it is padding and takes no time."""
+
+    clients: int
+    steps: int  # of all clients of the shard
+    examples: int
+    width: int  # examples of one step
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clients:
     """Who holds which examples.
+
+    In a job of several processes each has a `Clients` with every name, and with the rows of its
+    own clients only.
 
     Attributes:
       examples: pytree of arrays with leading axis N.
@@ -67,7 +80,7 @@ class Clients:
                 f"a client holds row {held.min() if held.min() < 0 else held.max()} of "
                 f"{len(data)} examples; rows are counted from 0"
             )
-        if len(np.unique(held)) != len(held):
+        if held.size and np.bincount(held).max() > 1:
             raise DpjaxError("an example is held twice; give every row to one client, once")
         object.__setattr__(self, "examples", data.take(np.arange(len(data))))
         object.__setattr__(self, "rows", rows)
@@ -78,7 +91,7 @@ class Clients:
     def __repr__(self) -> str:
         return f"Clients({len(self)}, examples={int(self.sizes.sum())})"
 
-    @property
+    @functools.cached_property
     def sizes(self) -> np.ndarray:
         """int64[K], examples of each client."""
         return np.array([len(r) for r in self.rows], np.int64)
@@ -90,6 +103,54 @@ class Clients:
             content.update(f"{stable_id('client', name)} {len(rows)} ".encode() + rows.tobytes())
         return content.hexdigest()
 
+    def shapes(
+        self,
+        *,
+        batch_size: int | None,
+        epochs: int = 1,
+        max_steps: int | None = None,
+        num_shards: int = 1,
+        drop_remainder: bool = False,
+        cohort_size: int | None = None,
+    ) -> tuple[CohortShape, ...]:
+        """At most four shapes, ascending; the last holds any cohort. `cohort` takes the least.
+
+        They depend on the population, never on who was drawn: a round compiles at most four times.
+        Which of the four it was tells how large a cohort's data were. That stays on the host, like
+        the cohort itself; the noise does not cover it.
+
+        Args:
+          cohort_size: expected clients of a cohort; the first shapes then fit just that. None
+            allows for a 64th, a 16th, a quarter and all of the clients.
+          batch_size, epochs, max_steps, num_shards, drop_remainder: as in `cohort`.
+
+        Example:
+          >>> people = Clients({"x": np.arange(5)}, (np.arange(3), np.arange(3, 5)), ("a", "b"))
+          >>> people.shapes(batch_size=2)[-1]
+          CohortShape(clients=2, steps=3, examples=5, width=2)
+        """
+        work = _Work(batch_size, epochs, max_steps, num_shards, drop_remainder)
+        work.check()
+        return self._shapes(work, cohort_size)
+
+    def _shapes(self, work: "_Work", cohort_size: int | None) -> tuple[CohortShape, ...]:
+        everybody = len(self)
+        if cohort_size is None:
+            counts = [-(-everybody // part) for part in (64, 16, 4, 1)]
+        elif cohort_size < 1:
+            raise DpjaxError(f"cohort_size is {cohort_size}; it must be at least 1")
+        else:
+            # Poisson sampling hardly ever draws more than the second.
+            wide = cohort_size + int(np.ceil(4 * np.sqrt(cohort_size)))
+            counts = [min(n, everybody) for n in (cohort_size, wide, 4 * cohort_size, everybody)]
+        width = work.width(self.sizes)
+        _, steps, used = work.plan(self.sizes, width)
+        found = []
+        for count in sorted(set(counts)):
+            room = [_room(x, count, work.num_shards) for x in (steps, used)]
+            found.append(CohortShape(-(-count // work.num_shards), *room, width))
+        return tuple(found)
+
     def cohort(
         self,
         chosen: Sequence[int] | np.ndarray,
@@ -100,109 +161,178 @@ class Clients:
         max_steps: int | None = None,
         num_shards: int = 1,
         drop_remainder: bool = False,
+        cohort_size: int | None = None,
+        shape: CohortShape | None = None,
     ) -> Cohort:
-        """The chosen clients with their local batches, in shapes rounded up to powers of two.
+        """The chosen clients with their local batches, in the least of `shapes` that holds them.
 
-        Clients are dealt to shards so that each has about as many steps; in a shard those with
-        most steps come first, so that clients that run side by side are alike.
+        Clients are dealt to shards by size, there and back, so that each has as many clients, and
+        about as many steps; in a shard the largest come first, so that clients that run side by
+        side are alike.
 
         Args:
           chosen: client numbers, distinct; may be none.
           key: JAX random key. A client's shuffles depend on it and on the client, not on who else
             takes part or on the number of shards.
-          batch_size: examples of one local step; None is all of a client's.
+          batch_size: examples of one local step; None is all of a client's, padded to the largest
+            client's number.
           epochs: passes over a client's examples, each in a new order.
           max_steps: cuts every client's work.
-          num_shards: devices.
+          num_shards: devices (of this process).
           drop_remainder: leaves out a last batch that is not full (of clients with a full one).
+          cohort_size: as in `shapes`; spares padding where cohorts are about as large.
+          shape: one that all processes of a job agree on, in place of `shapes`.
 
         Raises:
-          DpjaxError: an unknown or repeated client, or sizes below 1.
+          DpjaxError: an unknown or repeated client, sizes below 1, or a shape that is too small.
 
         Example:
           >>> people = Clients({"x": np.arange(5)}, (np.arange(3), np.arange(3, 5)), ("a", "b"))
           >>> cohort = people.cohort([0, 1], jax.random.key(0), batch_size=2)
           >>> cohort.num_steps.tolist(), cohort.batches.shape, cohort.num_clients
-          ([[2, 1]], (1, 4, 2), 2)
+          ([[2, 1]], (1, 3, 2), 2)
         """
-        ids = [int(c) for c in chosen]
-        if len(set(ids)) != len(ids) or any(not 0 <= c < len(self) for c in ids):
+        ids = np.asarray(chosen, np.int64).reshape(-1)
+        if len(np.unique(ids)) != len(ids) or np.any((ids < 0) | (ids >= len(self))):
             raise DpjaxError(f"chosen clients must be distinct numbers below {len(self)}")
-        least = min(epochs, num_shards, 1 if max_steps is None else max_steps)
-        if least < 1 or (batch_size is not None and batch_size < 1):
+        work = _Work(batch_size, epochs, max_steps, num_shards, drop_remainder)
+        work.check()
+        seed = np.asarray(jax.random.key_data(require_key(key))).astype(np.uint64)
+
+        # Dealt by size, there and back (0 1 2 2 1 0 ...), then sorted by shard and place.
+        ids = ids[np.lexsort((ids, -self.sizes[ids]))]
+        turn, place = np.arange(len(ids)) % num_shards, np.arange(len(ids)) // num_shards
+        shard = np.where(place % 2 == 1, num_shards - 1 - turn, turn)
+        order = np.argsort(shard, kind="stable")
+        ids, shard, place = ids[order], shard[order], place[order]
+
+        sizes = self.sizes[ids]
+        width = work.width(self.sizes) if shape is None else shape.width
+        per_epoch, steps, used = work.plan(sizes, width)
+        first_step, all_steps = _offsets(steps, shard, num_shards)
+        first_row, all_rows = _offsets(used, shard, num_shards)
+        need = CohortShape(-(-len(ids) // num_shards), max(all_steps), max(all_rows), width)
+        allowed = self._shapes(work, cohort_size) if shape is None else (shape,)
+        fitting = [s for s in allowed if all(n <= room for n, room in zip(need, s, strict=True))]
+        if not fitting or (batch_size or 0) > width:
             raise DpjaxError(
-                f"batch_size is {batch_size}, epochs {epochs}, max_steps {max_steps}, num_shards "
-                f"{num_shards}; each must be at least 1"
+                f"the cohort needs {need} and has room for {allowed[-1]}; give a larger shape"
             )
-        seed = np.asarray(jax.random.key_data(require_key(key))).astype(np.uint32).tolist()
-        width = batch_size or max([1, *(len(self.rows[c]) for c in ids)])
-        if batch_size is None:
-            width = _power_of_two(width)
-        plans = {
-            c: _batches(
-                len(self.rows[c]),
-                width,
-                epochs,
-                max_steps,
-                drop_remainder,
-                # The name, not the number: a client keeps its shuffles when others join.
-                np.random.default_rng([*seed, stable_id("client", self.names[c]) % 2**32]),
+        room = fitting[0]
+
+        batches = np.full((num_shards, room.steps, width), -1, np.int32)
+        held = np.concatenate([self.rows[c] for c in ids]) if len(ids) else np.zeros(0, np.int64)
+        owner = np.repeat(np.arange(len(ids)), sizes)
+        within = np.arange(len(held)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        # The name, not the number: a client keeps its shuffles when others join.
+        names = np.array([stable_id("client", self.names[c]) % 2**64 for c in ids], np.uint64)
+        seeds = _scrambled(_scrambled(names ^ seed[0]) ^ seed[-1])
+        stored = None
+        for epoch in range(int(np.max(-(-steps // np.maximum(per_epoch, 1)), initial=0))):
+            rank = _shuffled(seeds, owner, within, epoch)
+            if stored is None:
+                stored = rank  # examples lie in the order of the first epoch
+            at = epoch * per_epoch[owner] + rank // width
+            seen = (rank < per_epoch[owner] * width) & (at < steps[owner])
+            who = owner[seen]
+            batches[shard[who], first_step[who] + at[seen], rank[seen] % width] = (
+                first_row[who] + stored[seen]
             )
-            for c in ids
-        }
-        shards: list[list[int]] = [[] for _ in range(num_shards)]
-        work = [0] * num_shards
-        for c in sorted(ids, key=lambda c: (-len(plans[c][0]), c)):
-            least_busy = min(range(num_shards), key=lambda s: (work[s], len(shards[s]), s))
-            shards[least_busy].append(c)
-            work[least_busy] += len(plans[c][0])
-        slots = _power_of_two(max(1, max(map(len, shards))))
-        steps = _power_of_two(max(1, max(work)))
-        held = [sum(len(self.rows[c]) for c in shard) for shard in shards]
-        room = _power_of_two(max(1, max(held)))
-        batches = np.full((num_shards, steps, width), -1, np.int32)
-        table = np.zeros((num_shards, 5, slots), np.int32)
-        table[:, 0] = len(self)
-        is_client = np.zeros((num_shards, slots), bool)
-        taken = np.zeros((num_shards, room), np.int64)
-        for s, shard in enumerate(shards):
-            at, begin = 0, 0
-            for place, c in enumerate(shard):
-                plan, per_epoch = plans[c]
-                rows = self.rows[c]
-                taken[s, begin : begin + len(rows)] = rows
-                batches[s, at : at + len(plan)] = np.where(plan >= 0, plan + begin, -1)
-                table[s, :, place] = (c, at, len(plan), per_epoch, len(rows))
-                is_client[s, place] = True
-                at, begin = at + len(plan), begin + len(rows)
-        examples = jax.tree.map(lambda x: np.asarray(x)[taken], self.examples)
-        return Cohort(examples, batches, *(table[:, n] for n in range(5)), is_client)
+        table = np.zeros((5, num_shards, room.clients), np.int32)
+        table[0] = len(self)
+        is_client = np.zeros((num_shards, room.clients), bool)
+        table[:, shard, place] = ids, first_step, steps, per_epoch, sizes
+        is_client[shard, place] = True
+        kept = stored < used[owner] if stored is not None else np.zeros(len(held), bool)
+        source = np.zeros((num_shards, max(all_rows)), np.int64)
+        if stored is not None:
+            source[shard[owner[kept]], (first_row[owner] + stored)[kept]] = held[kept]
+
+        def gathered(x):
+            out = np.zeros((num_shards, room.examples, *x.shape[1:]), x.dtype)
+            for s, rows in enumerate(all_rows):
+                np.take(x, source[s, :rows], axis=0, out=out[s, :rows], mode="clip")
+            return out
+
+        examples = jax.tree.map(lambda x: gathered(np.asarray(x)), self.examples)
+        return Cohort(examples, batches, *table, is_client)
 
 
-def _batches(
-    size: int,
-    width: int,
-    epochs: int,
-    max_steps: int | None,
-    drop_remainder: bool,
-    rng: np.random.Generator,
-) -> tuple[np.ndarray, int]:
-    """int32[steps, width] of a client's own example numbers, and its steps in one epoch."""
-    per_epoch = -(-size // width)
-    if drop_remainder and size >= width:
-        per_epoch = size // width
-    parts = []
-    for _ in range(epochs if size else 0):
-        order = rng.permutation(size)[: per_epoch * width]
-        padded = np.full(per_epoch * width, -1, np.int32)
-        padded[: len(order)] = order
-        parts.append(padded.reshape(per_epoch, width))
-    plan = np.concatenate(parts) if parts else np.zeros((0, width), np.int32)
-    return plan[:max_steps], per_epoch
+class _Work(NamedTuple):
+    """How clients train: what turns a number of examples into steps."""
+
+    batch_size: int | None
+    epochs: int
+    max_steps: int | None
+    num_shards: int
+    drop_remainder: bool
+
+    def check(self) -> None:
+        least = min(self.epochs, self.num_shards, *(x for x in self[:3:2] if x is not None))
+        if least < 1:
+            raise DpjaxError(
+                f"batch_size is {self.batch_size}, epochs {self.epochs}, max_steps "
+                f"{self.max_steps}, num_shards {self.num_shards}; each must be at least 1"
+            )
+
+    def width(self, sizes: np.ndarray) -> int:
+        """Of all cohorts alike: the population's largest, not the cohort's."""
+        return self.batch_size or max(1, int(sizes.max()))
+
+    def plan(self, sizes: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For each client its steps in an epoch, its steps, and how many examples they touch."""
+        per_epoch = -(-sizes // width)
+        if self.drop_remainder:
+            per_epoch = np.where(sizes >= width, sizes // width, per_epoch)
+        steps = self.epochs * per_epoch
+        if self.max_steps is not None:
+            steps = np.minimum(steps, self.max_steps)
+        return per_epoch, steps, np.where(
+            steps > per_epoch, sizes, np.minimum(sizes, steps * width)
+        )  # fmt: skip
 
 
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
+def _room(amounts: np.ndarray, count: int, num_shards: int) -> int:
+    """Enough for each shard of nearly any ``count`` clients; of any, where that is everybody."""
+    largest = np.sort(amounts)[::-1]
+    usual = count * amounts.mean() + 4 * np.sqrt(count) * amounts.std()
+    total = min(largest[:count].sum(), usual) if count < len(amounts) else largest.sum()
+    # Dealt there and back in falling order, shards differ by no more than the largest.
+    return max(1, int(np.ceil(total / num_shards)) + (int(largest[0]) if num_shards > 1 else 0))
+
+
+def _offsets(
+    amounts: np.ndarray, shard: np.ndarray, num_shards: int
+) -> tuple[np.ndarray, list[int]]:
+    """Where each client begins in its shard, and what the shards hold; clients sorted by shard."""
+    totals = np.bincount(shard, amounts, num_shards).astype(np.int64)
+    before = np.cumsum(totals) - totals
+    return np.cumsum(amounts) - amounts - before[shard], [int(t) for t in totals]
+
+
+def _shuffled(seeds: np.ndarray, owner: np.ndarray, within: np.ndarray, epoch: int) -> np.ndarray:
+    """For every example its place in its client's new order; clients lie one after another."""
+    with np.errstate(over="ignore"):
+        start = _scrambled(seeds + np.uint64(epoch))
+        draws = _scrambled(start[owner] + within.astype(np.uint64) * np.uint64(_GOLDEN))
+    # One sort for all: the owner in the upper bits, 40 random ones below.
+    draws = (owner.astype(np.uint64) << np.uint64(40)) | (draws >> np.uint64(24))
+    order = np.argsort(draws, kind="stable")
+    rank = np.empty(len(owner), np.int64)
+    rank[order] = within  # the n-th of a client's sorted draws is at its n-th place
+    return rank
+
+
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _scrambled(x: np.ndarray) -> np.ndarray:
+    """SplitMix64 (Steele et al., 2014): 64 good random bits for each number, all at once."""
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(_GOLDEN)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
 
 
 def clients_by(dataset: Any, owners: Sequence[Any] | np.ndarray) -> Clients:

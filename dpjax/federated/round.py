@@ -1,21 +1,28 @@
 """One round: clients shared out over devices, run in chunks, summed as they go."""
 
 import functools
+import time
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dpjax.errors import DpjaxError
 from dpjax.federated.algorithm import Aggregate, Algorithm
 from dpjax.federated.clients import Cohort
+from dpjax.federated.devices import (
+    AXIS,
+    client_mesh,
+    cohort_on_devices,
+    server_shardings,
+    state_on_devices,
+)
 from dpjax.federated.shard import ShardResult, is_modular, run_shard
 from dpjax.types import PyTree, RandomKey, require_key
 
 Engine = Literal["shard_map", "pmap", "jit"]
-AXIS = "clients"
 
 
 class FederatedState(NamedTuple):
@@ -63,19 +70,6 @@ def init_federated(algorithm: Algorithm, params: PyTree, num_clients: int) -> Fe
     return FederatedState(server, clients, jnp.zeros((), jnp.int32))
 
 
-def client_mesh(num_devices: int | None = None) -> jax.sharding.Mesh:
-    """A mesh with one axis of devices, over which clients are shared out.
-
-    Example:
-      >>> dict(client_mesh(1).shape)
-      {'clients': 1}
-    """
-    devices = jax.devices()
-    if num_devices is not None and not 1 <= num_devices <= len(devices):
-        raise DpjaxError(f"num_devices is {num_devices}; there are {len(devices)}")
-    return jax.sharding.Mesh(np.array(devices[:num_devices]), (AXIS,))
-
-
 def run_round(
     algorithm: Algorithm,
     state: FederatedState,
@@ -84,22 +78,29 @@ def run_round(
     *,
     mesh: jax.sharding.Mesh | None = None,
     engine: Engine = "shard_map",
-    clients_per_step: int = 1,
+    clients_per_step: int | Literal["auto"] = "auto",
 ) -> tuple[FederatedState, RoundInfo]:
     """Every client of the cohort trains; the server takes the weighted mean of their updates.
 
     Memory is ``clients_per_step`` updates and one sum on each device, whatever the cohort. One
-    compilation serves all cohorts of the same rounded shape.
+    compilation serves all cohorts of one shape, of which a population has at most four.
+
+    In a job of several processes (`jax.distributed`) every process calls this with its own clients'
+    cohort, made with the ``shape`` that all agreed on, and with the same state and key.
 
     Args:
       algorithm: three pure functions.
-      state: from `init_federated` or the round before.
-      cohort: from `Clients.cohort`, with as many shards as the mesh has devices.
+      state: from `init_federated` or the round before. Parameters that are sharded along other
+        axes of the mesh stay so.
+      cohort: from `Clients.cohort`, with as many shards as the mesh has places for clients (in this
+        process).
       key: JAX random key of the whole run; rounds and clients take their own parts of it.
       mesh: devices; default `client_mesh` with as many as the cohort has shards. "jit" needs none.
       engine: "shard_map"; "pmap", the same on the older interface; "jit", all shards one after
         another on one device, to compare with.
-      clients_per_step: clients that a device trains side by side; 1 is fastest on CPUs.
+      clients_per_step: clients that a device trains side by side. "auto" is 1 on CPUs and 16
+        elsewhere: fixed for a platform, since other numbers round sums otherwise; see
+        `tune_clients_per_step`.
 
     Returns:
       The next state, and what was seen. A cohort without any weight changes no parameter. An
@@ -109,7 +110,7 @@ def run_round(
       DpjaxError: shards and devices that do not agree, or an unknown engine.
 
     Example:
-      >>> import optax
+      >>> import optax, numpy as np
       >>> from dpjax.federated import Clients, fed_avg
       >>> people = Clients({"x": np.float32([1, 3])}, (np.array([0]), np.array([1])), ("a", "b"))
       >>> algorithm = fed_avg(lambda w, e: (w - e["x"]) ** 2, optax.sgd(0.5))
@@ -120,119 +121,166 @@ def run_round(
       (2.0, 2)
     """
     key = require_key(key)
-    shards, slots = cohort.client.shape
-    if not clients_per_step >= 1:
-        raise DpjaxError(f"clients_per_step is {clients_per_step}; it must be at least 1")
+    if engine not in ("shard_map", "pmap", "jit"):
+        raise DpjaxError(f"engine is {engine!r}; use 'shard_map', 'pmap' or 'jit'")
     if algorithm.combine is not None and algorithm.normalize_by is not None:
         raise DpjaxError(
             f"{algorithm.name} has both combine and normalize_by; privacy needs the plain sum, "
             "whose sensitivity is known: leave combine out, or the privacy"
         )
-    # More side by side than there are places would train padding.
-    at_once = min(clients_per_step, slots)
+    slots = cohort.client.shape[1]
     if engine == "jit":
-        return _compiled(algorithm, "jit", None, at_once)(state, cohort, key)
-    if engine not in ("shard_map", "pmap"):
-        raise DpjaxError(f"engine is {engine!r}; use 'shard_map', 'pmap' or 'jit'")
+        at_once = _at_once(clients_per_step, slots, jax.default_backend())
+        return _compiled(algorithm, "jit", None, at_once, None)(state, cohort, key)
     if mesh is None:
-        if shards > len(jax.devices()):
-            raise DpjaxError(
-                f"the cohort has {shards} shards and there are {len(jax.devices())} devices; make "
-                "it with num_shards as many, or use engine='jit'"
-            )
-        mesh = client_mesh(shards)
-    if AXIS not in mesh.shape or mesh.shape[AXIS] != shards:
-        raise DpjaxError(
-            f"the cohort has {shards} shards and the mesh {dict(mesh.shape)}; it must have as many "
-            f"devices along an axis named {AXIS!r}"
-        )
-    return _compiled(algorithm, engine, mesh, at_once)(state, cohort, key)
+        mesh = client_mesh(cohort.client.shape[0] * jax.process_count())
+    mesh, cohort = cohort_on_devices(cohort, mesh)
+    if engine == "pmap" and (jax.process_count() > 1 or mesh.devices.size != mesh.shape[AXIS]):
+        raise DpjaxError("engine='pmap' has one process and one axis; use 'shard_map'")
+    at_once = _at_once(clients_per_step, slots, mesh.devices.flat[0].platform)
+    shardings = server_shardings(state.server, mesh)
+    # Where everything lies is settled here: compiled code is of no use for another placement.
+    state, key = state_on_devices(state, key, mesh, shardings)
+    return _compiled(algorithm, engine, mesh, at_once, shardings)(state, cohort, key)
 
 
-@functools.lru_cache(maxsize=64)
-def _compiled(algorithm: Algorithm, engine: Engine, mesh: Any, at_once: int) -> Any:
-    run = functools.partial(_round, algorithm, engine, mesh, at_once)
-    return run if engine == "pmap" else jax.jit(run)
-
-
-def _round(
+def tune_clients_per_step(
     algorithm: Algorithm,
-    engine: Engine,
-    mesh: Any,
-    at_once: int,
     state: FederatedState,
     cohort: Cohort,
     key: RandomKey,
-) -> tuple[FederatedState, RoundInfo]:
-    if engine == "pmap":
-        return _pmap_round(algorithm, mesh, at_once, state, cohort, key)
-    mine = _client_states(state, cohort)
-    key = jax.random.fold_in(key, state.round)
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    candidates: Sequence[int] = (1, 4, 16, 64),
+    repeats: int = 3,
+) -> int:
+    """The fastest ``clients_per_step`` for cohorts of this shape: each is compiled and timed.
+
+    Call it once before training and keep the number with the run: another one rounds sums
+    otherwise, so that a resumed run would not be the same to the bit.
+
+    Example:
+      >>> import optax, numpy as np
+      >>> from dpjax.federated import Clients, fed_avg
+      >>> people = Clients({"x": np.float32([1, 3])}, (np.array([0]), np.array([1])), ("a", "b"))
+      >>> algorithm = fed_avg(lambda w, e: (w - e["x"]) ** 2, optax.sgd(0.5))
+      >>> state = init_federated(algorithm, jnp.zeros(()), len(people))
+      >>> cohort = people.cohort([0, 1], jax.random.key(0), batch_size=1)
+      >>> key = jax.random.key(1)
+      >>> tune_clients_per_step(algorithm, state, cohort, key, candidates=(1, 2, 4)) in (1, 2)
+      True
+    """
+    slots = cohort.client.shape[1]
+    times = {}
+    for number in dict.fromkeys(min(n, slots) for n in candidates):
+        taken = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            jax.block_until_ready(
+                run_round(algorithm, state, cohort, key, mesh=mesh, clients_per_step=number)
+            )
+            taken.append(time.perf_counter() - start)
+        times[number] = min(taken[1:])  # the first one compiles
+    return min(times, key=times.__getitem__)
+
+
+def _at_once(clients_per_step: int | Literal["auto"], slots: int, platform: str) -> int:
+    """More side by side than there are places would train padding."""
+    if clients_per_step == "auto":
+        clients_per_step = 1 if platform == "cpu" else 16
+    if not clients_per_step >= 1:
+        raise DpjaxError(f"clients_per_step is {clients_per_step}; it must be at least 1")
+    return min(clients_per_step, slots)
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(algorithm: Algorithm, engine: Engine, mesh: Any, at_once: int, shardings: Any) -> Any:
     if engine == "jit":
-        found = _one_after_another(algorithm, at_once, state.server, mine, cohort, key)
-    else:
-        spec = jax.sharding.PartitionSpec
-        along, everywhere = spec(AXIS), spec()
 
-        def on_device(server, mine, cohort, key):
-            result = run_shard(algorithm, at_once, server, *_take((mine, cohort), 0), key)
-            totals = jax.lax.psum(result.totals, AXIS)
-            return ShardResult(totals, *jax.tree.map(lambda x: x[None], result[1:]))
+        def in_turn(state, cohort, key):
+            mine, key = _prepare(state, cohort, key)
+            found = _one_after_another(algorithm, at_once, state.server, mine, cohort, key)
+            return _finish(algorithm, state, cohort, found)
 
-        found = jax.shard_map(
-            on_device,
-            mesh=mesh,
-            in_specs=(everywhere, along, along, everywhere),
-            out_specs=ShardResult(everywhere, along, along, along),
-            check_vma=False,
-        )(state.server, mine, cohort, key)
-    return _finish(algorithm, state, cohort, found)
+        return jax.jit(in_turn)
+
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def settled(state, info):
+        leaves, structure = jax.tree.flatten(state.server)
+        server = jax.tree.unflatten(
+            structure, map(jax.lax.with_sharding_constraint, leaves, shardings)
+        )
+        rest = jax.lax.with_sharding_constraint((state.clients, state.round, info), everywhere)
+        return FederatedState(server, *rest[:2]), rest[2]
+
+    def finish(state, cohort, found):
+        return settled(*_finish(algorithm, state, cohort, found))
+
+    if engine == "pmap":
+
+        def part(server, mine, cohort, key):
+            result = run_shard(algorithm, at_once, server, mine, cohort, key)
+            return result._replace(totals=jax.lax.psum(result.totals, AXIS))
+
+        devices = list(mesh.devices.ravel())
+        run = jax.pmap(part, axis_name=AXIS, in_axes=(None, 0, 0, None), devices=devices)
+        prepare, finish = jax.jit(_prepare), jax.jit(finish)
+
+        def three(state, cohort, key):
+            mine, key = prepare(state, cohort, key)
+            found = run(state.server, mine, cohort, key)
+            return finish(state, cohort, found._replace(totals=_take(found.totals, 0)))
+
+        return three
+
+    def on_device(server, mine, cohort, key):
+        result = run_shard(algorithm, at_once, server, *_take((mine, cohort), 0), key)
+        totals = jax.lax.psum(result.totals, AXIS)
+        return ShardResult(totals, *jax.tree.map(lambda x: x[None], result[1:]))
+
+    spec = jax.sharding.PartitionSpec
+    # Other axes of the mesh are left to the compiler, which follows where parameters lie.
+    spread = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(spec(), spec(AXIS), spec(AXIS), spec()),
+        out_specs=ShardResult(spec(), spec(AXIS), spec(AXIS), spec(AXIS)),
+        axis_names={AXIS},
+        check_vma=False,
+    )
+
+    def whole(state, cohort, key):
+        mine, key = _prepare(state, cohort, key)
+        return finish(state, cohort, spread(state.server, mine, cohort, key))
+
+    return jax.jit(whole)
+
+
+def _prepare(state: FederatedState, cohort: Cohort, key: RandomKey) -> tuple[PyTree, RandomKey]:
+    """What the cohort's clients kept, [S, C, ...], and this round's key."""
+    # Padding reads some row; what it keeps is dropped.
+    mine = jax.tree.map(lambda x: jnp.take(x, cohort.client, axis=0, mode="clip"), state.clients)
+    return mine, jax.random.fold_in(key, state.round)
 
 
 def _one_after_another(algorithm, at_once, server, mine, cohort, key) -> ShardResult:
     """All shards on one device."""
 
-    def shard(carry, number):
-        result = run_shard(algorithm, at_once, server, *_take((mine, cohort), number), key)
-        return jax.tree.map(jnp.add, carry, result.totals), result[1:]
+    def shard(number):
+        return run_shard(algorithm, at_once, server, *_take((mine, cohort), number), key)
 
-    first = run_shard(algorithm, at_once, server, *_take((mine, cohort), 0), key)
+    def step(total, number):
+        result = shard(number)
+        return jax.tree.map(jnp.add, total, result.totals), result[1:]
+
     if cohort.client.shape[0] == 1:
-        return ShardResult(first.totals, *jax.tree.map(lambda x: x[None], first[1:]))
-    shapes = jax.eval_shape(lambda: first.totals)
+        only = shard(0)
+        return ShardResult(only.totals, *jax.tree.map(lambda x: x[None], only[1:]))
+    shapes = jax.eval_shape(shard, 0).totals
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    totals, rest = jax.lax.scan(shard, zeros, jnp.arange(cohort.client.shape[0]))
+    totals, rest = jax.lax.scan(step, zeros, jnp.arange(cohort.client.shape[0]))
     return ShardResult(totals, *rest)
-
-
-def _pmap_round(algorithm, mesh, at_once, state, cohort, key):
-    prepare, run, finish = _pmapped(algorithm, mesh, at_once)
-    mine, key = prepare(state, cohort, key)
-    found = run(state.server, mine, cohort, key)
-    return finish(state, cohort, found._replace(totals=_take(found.totals, 0)))
-
-
-@functools.lru_cache(maxsize=64)
-def _pmapped(algorithm: Algorithm, mesh: Any, at_once: int) -> Any:
-    def prepare(state, cohort, key):
-        return _client_states(state, cohort), jax.random.fold_in(key, state.round)
-
-    def on_device(server, mine, cohort, key):
-        result = run_shard(algorithm, at_once, server, mine, cohort, key)
-        return result._replace(totals=jax.lax.psum(result.totals, AXIS))
-
-    run = jax.pmap(
-        on_device,
-        axis_name=AXIS,
-        in_axes=(None, 0, 0, None),
-        devices=list(mesh.devices.ravel()),
-    )
-    return jax.jit(prepare), run, jax.jit(functools.partial(_finish, algorithm))
-
-
-def _client_states(state: FederatedState, cohort: Cohort) -> PyTree:
-    """What the cohort's clients kept, [S, C, ...]; padding reads some row, and is never written."""
-    return jax.tree.map(lambda x: jnp.take(x, cohort.client, axis=0, mode="clip"), state.clients)
 
 
 def _take(tree: PyTree, shard: Any) -> PyTree:

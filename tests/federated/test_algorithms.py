@@ -81,7 +81,9 @@ def rounds(people, shards=1, epochs=1):
     """Three cohorts of different clients."""
     for number, ids in enumerate(([0, 1, 2, 3, 4, 5], [3, 1], [2, 5, 0])):
         key = jax.random.key(number)
-        cohort = people.cohort(ids, key, batch_size=3, epochs=epochs, num_shards=shards)
+        cohort = people.cohort(
+            ids, key, batch_size=3, epochs=epochs, num_shards=shards, cohort_size=6
+        )
         yield ids, cohort
 
 
@@ -90,8 +92,7 @@ def close(params, expected):
         np.testing.assert_allclose(np.asarray(params[name]), value, rtol=2e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 8])
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(("at_once", "shards"), [(1, 1), (2, 3), (4, 1)])
 def test_fed_avg(people, start, at_once, shards):
     algorithm = fed_avg(loss_fn, optax.sgd(RATE))
     state, expected = init_federated(algorithm, start, len(people)), as_float64(start)
@@ -131,7 +132,7 @@ def test_fed_opt_is_the_servers_optimizer_on_the_mean_change(people, start):
         close(state.params, as_float64(params))
 
 
-@pytest.mark.parametrize("at_once", [1, 4])
+@pytest.mark.parametrize("at_once", [2])
 def test_scaffold_keeps_a_variate_for_each_client(people, start, at_once):
     algorithm = scaffold(loss_fn, RATE, len(people))
     state, w = init_federated(algorithm, start, len(people)), as_float64(start)
@@ -235,7 +236,7 @@ def algorithm(request, people):
 def test_contract(algorithm, people, start):
     """One row for each algorithm above: what every one must keep."""
     state = init_federated(algorithm, start, len(people))
-    cohort = people.cohort([0, 2, 3], jax.random.key(0), batch_size=4)
+    cohort = people.cohort([0, 2, 3], jax.random.key(0), batch_size=4, cohort_size=6)
     key = jax.random.key(1)
     one, info = run_round(algorithm, state, cohort, key, engine="jit")
     # The state's structure and types do not change: it can be saved, and run again.
@@ -245,14 +246,14 @@ def test_contract(algorithm, people, start):
     again, _ = run_round(algorithm, state, cohort, key, engine="jit")
     one, again = numbers(one), numbers(again)
     jax.tree.map(np.testing.assert_array_equal, one, again)
-    other = people.cohort([3, 0, 2], jax.random.key(0), batch_size=4, num_shards=2)
+    other = people.cohort([3, 0, 2], jax.random.key(0), batch_size=4, cohort_size=6, num_shards=2)
     dealt, _ = run_round(algorithm, state, other, key, engine="jit", clients_per_step=2)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, numbers(dealt)
     )
     # Nobody, or only people without examples, move nothing but the round.
     for nobody in ([], [2]):
-        empty = people.cohort(nobody, jax.random.key(0), batch_size=4)
+        empty = people.cohort(nobody, jax.random.key(0), batch_size=4, cohort_size=6)
         still, seen = run_round(algorithm, state, empty, key, engine="jit")
         close(still.params, as_float64(start))
         assert int(seen.sensitive_num_clients) == len(nobody) and int(still.round) == 1
@@ -271,11 +272,11 @@ def test_a_client_that_diverges_is_left_out_and_counted(algorithm, people, start
     some = Clients(broken, people.rows, people.names)
     state = init_federated(algorithm, start, len(people))
     with_it, info = run_round(
-        algorithm, state, some.cohort([0, 3, 4], jax.random.key(0), batch_size=4),
+        algorithm, state, some.cohort([0, 3, 4], jax.random.key(0), batch_size=4, cohort_size=6),
         jax.random.key(1), engine="jit",
     )  # fmt: skip
     without, _ = run_round(
-        algorithm, state, some.cohort([0, 4], jax.random.key(0), batch_size=4),
+        algorithm, state, some.cohort([0, 4], jax.random.key(0), batch_size=4, cohort_size=6),
         jax.random.key(1), engine="jit",
     )  # fmt: skip
     assert int(info.sensitive_num_clients) == 3 and int(info.sensitive_num_rejected) == 1
