@@ -17,6 +17,7 @@ ORDER = [
     ["discrete_noise"],
     ["sampling"],
     ["accounting"],
+    ["discrete_accounting"],
     ["trade_off"],
     ["adaptive"],
     ["mechanism"],

@@ -11,7 +11,7 @@ import pytest
 from dp_accounting.pld import privacy_loss_distribution
 from scipy import stats
 
-from dpjax import DpjaxError, accounting, discrete_noise
+from dpjax import DpjaxError, discrete_accounting, discrete_noise
 from dpjax.discrete_noise import (
     centred,
     discrete_gaussian_table,
@@ -127,13 +127,15 @@ def shifted(pmf, shift, order):
 def test_skellams_bound_against_summation(variance, shift):
     """Above the truth at every order, and not by much where the noise is large."""
     orders = np.array([2, 3, 5, 10])
-    bound = accounting.skellam_renyi(orders, variance, shift, shift)
+    bound = discrete_accounting.skellam_renyi(orders, variance, shift, shift)
     truth = np.array([shifted(skellam_pmf(variance, 150), shift, a) for a in orders])
     assert np.all(truth <= bound)
     assert np.all(bound / truth < (1.25 if variance >= 30 else 2.0))
     # Coordinates add up: the L1 and L2 norms of the shift (1, 3).
     both = [shifted(skellam_pmf(variance, 150), s, 5) for s in (1, 3)]
-    assert sum(both) <= accounting.skellam_renyi(np.array([5]), variance, 4, math.sqrt(10))[0]
+    assert (
+        sum(both) <= discrete_accounting.skellam_renyi(np.array([5]), variance, 4, math.sqrt(10))[0]
+    )
 
 
 @pytest.mark.parametrize("scale_squared, summands", [(0.5, 3), (0.5, 12), (1.0, 6), (2.0, 1)])
@@ -146,7 +148,7 @@ def test_bound_of_summed_gaussians_against_summation(scale_squared, summands):
     orders = np.array([2.0, 4.0, 7.0])
     for shift in (1, 2):
         truth = np.array([shifted(total, shift, a) for a in orders])
-        bound = accounting.summed_discrete_gaussian_renyi(
+        bound = discrete_accounting.summed_discrete_gaussian_renyi(
             orders, scale_squared, summands, shift, shift, 1
         )
         assert np.all(truth <= bound * (1 + 1e-9))
@@ -163,12 +165,12 @@ def test_epsilon_against_the_loss_distribution_of_dp_accounting():
     ).self_compose(4)
     exact = made.get_epsilon_for_delta(1e-5)
     orders = np.arange(2, 200, dtype=np.float64)
-    divergences = accounting.summed_discrete_gaussian_renyi(orders, 25.0, 1, 1, 1, 1)
-    found = accounting.renyi_epsilon(orders, 4 * divergences, 1e-5)
+    divergences = discrete_accounting.summed_discrete_gaussian_renyi(orders, 25.0, 1, 1, 1, 1)
+    found = discrete_accounting.renyi_epsilon(orders, 4 * divergences, 1e-5)
     assert exact < found < 1.15 * exact
     # At this variance Skellam noise costs hardly more than a Gaussian.
-    skellam = accounting.renyi_epsilon(
-        orders, 4 * accounting.skellam_renyi(orders, 25.0, 1, 1), 1e-5
+    skellam = discrete_accounting.renyi_epsilon(
+        orders, 4 * discrete_accounting.skellam_renyi(orders, 25.0, 1, 1), 1e-5
     )
     assert found < skellam < 1.2 * found
 
@@ -182,4 +184,4 @@ def test_what_is_refused():
     with pytest.raises(DpjaxError, match="scale_squared is 0"):
         exact_discrete_gaussian(0, 1)
     with pytest.raises(DpjaxError, match="from 0.25 on"):
-        accounting.summed_discrete_gaussian_renyi(np.array([2.0]), 0.2, 5, 1, 1, 1)
+        discrete_accounting.summed_discrete_gaussian_renyi(np.array([2.0]), 0.2, 5, 1, 1, 1)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import io_callback
 from jaxtyping import Array, Float, Int, Int32
 
-from dpjax import accounting
+from dpjax import discrete_accounting
 from dpjax.clipping.rules import clip_rule
 from dpjax.discrete_noise import Noise, centred, exact_discrete_gaussian, noise_table
 from dpjax.errors import DpjaxError
@@ -167,8 +167,8 @@ class DistributedPrivacy:
         one, two = self.rounded_l1_norm, self.rounded_l2_norm
         if self.noise == "skellam":
             variance = self.min_survivors * self.local_variance
-            return accounting.skellam_renyi(_ORDERS, variance, one, two)
-        return accounting.summed_discrete_gaussian_renyi(
+            return discrete_accounting.skellam_renyi(_ORDERS, variance, one, two)
+        return discrete_accounting.summed_discrete_gaussian_renyi(
             _ORDERS, self.local_variance, self.min_survivors, one, two, self.padded_dimension
         )
 
@@ -178,7 +178,9 @@ class DistributedPrivacy:
             raise DpjaxError(f"participations is {participations}; it counts rounds")
         if participations == 0:
             return 0.0
-        return accounting.renyi_epsilon(_ORDERS, participations * self.renyi_divergences, delta)
+        return discrete_accounting.renyi_epsilon(
+            _ORDERS, participations * self.renyi_divergences, delta
+        )
 
 
 class DistributedServer(NamedTuple):
