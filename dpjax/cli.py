@@ -13,6 +13,7 @@ from dpjax.errors import DpjaxError
 from dpjax.runs.audit import AuditConfig
 from dpjax.runs.config import TrainConfig
 from dpjax.runs.demo import DemoConfig
+from dpjax.runs.federation import FederateConfig
 from dpjax.runs.predict import PredictConfig
 from dpjax.runs.synthesize import SynthesizeConfig
 
@@ -131,6 +132,7 @@ class CalibrateConfig:
 _COMMANDS = {
     "demo": DemoConfig,
     "train": TrainConfig,
+    "federate": FederateConfig,
     "resume": ResumeConfig,
     "generate": GenerateConfig,
     "synthesize": SynthesizeConfig,
@@ -191,6 +193,8 @@ def _run(config: object) -> None:
             demo(config)
         case TrainConfig():
             commands.train(config)
+        case FederateConfig():
+            commands.federate(config)
         case ResumeConfig(run):
             commands.resume(run)
         case GenerateConfig():

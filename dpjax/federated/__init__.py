@@ -25,7 +25,8 @@ from dpjax.federated.boundary import (
     read_message,
     unpack_update,
 )
-from dpjax.federated.clients import Clients, Cohort, clients_by
+from dpjax.federated.clients import Clients, Cohort, CohortShape, clients_by
+from dpjax.federated.compression import quantised, quantised_bytes, top_k, top_k_bytes
 from dpjax.federated.distributed_privacy import (
     DistributedPrivacy,
     DistributedServer,
@@ -64,6 +65,7 @@ from dpjax.federated.round import (
     run_round,
 )
 from dpjax.federated.scaffold import scaffold
+from dpjax.federated.training import FederatedTrainState, LocalWork, fit, init_training
 
 __all__ = [
     "Aggregate",
@@ -72,11 +74,14 @@ __all__ = [
     "CheckedUpdate",
     "Clients",
     "Cohort",
+    "CohortShape",
     "DistributedPrivacy",
     "DistributedServer",
     "FederatedState",
+    "FederatedTrainState",
     "LocalData",
     "LocalResult",
+    "LocalWork",
     "PrivateServer",
     "Rejection",
     "Rejections",
@@ -95,8 +100,10 @@ __all__ = [
     "fed_avg",
     "fed_nova",
     "fed_prox",
+    "fit",
     "fixed_point",
     "init_federated",
+    "init_training",
     "krum",
     "label_counts",
     "local_dp_event",
@@ -113,6 +120,8 @@ __all__ = [
     "personalised",
     "plain",
     "private",
+    "quantised",
+    "quantised_bytes",
     "read_message",
     "robust",
     "run_round",
@@ -120,6 +129,8 @@ __all__ = [
     "scaffold",
     "scaled_to_cohort",
     "server_step",
+    "top_k",
+    "top_k_bytes",
     "trimmed_mean",
     "unpack_update",
     "with_aggregator",

@@ -159,6 +159,34 @@ def roc_figure(
     return _svg(figure, axes, "ROC on logarithmic axes", "; ".join(ends), prefix)
 
 
+def curves_figure(
+    curves: Sequence[Curve],
+    labels: tuple[str, str],
+    title: str,
+    description: str,
+    prefix: str,
+) -> str:
+    """Lines between points, as inline SVG.
+
+    Args:
+      curves: their ``iterations`` are the horizontal axis.
+      labels: of the two axes.
+      title, description: what a screen reader says.
+      prefix: makes the element's ids unique in a page.
+
+    Example:
+      >>> svg = curves_figure([Curve("a", [0, 1], [2, 3])], ("x", "y"), "Title", "a rises", "p")
+      >>> "Title: a rises" in svg
+      True
+    """
+    _check(curves)
+    figure, axes = _axes(*labels)
+    for index, curve in enumerate(curves):
+        style = _style(index) | {"linewidth": 1.5}
+        axes.plot(curve.iterations, curve.values, label=_plain(curve.name), **style)
+    return _svg(figure, axes, title, description, prefix)
+
+
 def standalone(svg: str) -> str:
     """An inline figure as a file of its own, readable on white.
 

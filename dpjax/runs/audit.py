@@ -11,6 +11,8 @@ from rich.table import Table
 from dpjax.auditing.bounds import audit_coins
 from dpjax.auditing.canaries import canary_losses
 from dpjax.auditing.coins import commitment
+from dpjax.auditing.curves import attack_result
+from dpjax.auditing.results import AttackResult
 from dpjax.auditing.step import SCENARIOS, audit_step, own_step
 from dpjax.errors import DpjaxError
 from dpjax.ledger import Ledger
@@ -128,6 +130,7 @@ def audit_run(config: AuditRunConfig) -> Finished:
         )
         section = audit_section(
             bounds,
+            coin_attacks(scores, run.canaries.included, config.confidence),
             claimed_epsilon=claimed,
             threat_view="W",
             canary_kind="people of random tokens"
@@ -149,6 +152,24 @@ def audit_run(config: AuditRunConfig) -> Finished:
     console.print(f"verdict: {section['verdict']}")
     console.print(f"card:    {run.folder / 'card.json'}\nreport:  {page_path(run)}")
     return done
+
+
+def coin_attacks(scores: np.ndarray, included: np.ndarray, confidence: float) -> list[AttackResult]:
+    """The same scores as membership inference; canaries left out are the twins."""
+    if included.all() or not included.any():
+        return []
+    return [
+        attack_result(
+            "loss taken off",
+            scores[included],
+            scores[~included],
+            assumptions=(
+                "the attacker has the start model and the final weights",
+                "canaries are odder than people's records, which may be found less often",
+            ),
+            confidence=confidence,
+        )
+    ]
 
 
 def coin_scores(run: Run, model: Model) -> np.ndarray:

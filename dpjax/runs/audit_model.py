@@ -48,7 +48,7 @@ class AuditModelConfig:
     non_members: str
     """Records from the same source that it was not trained on."""
     output: str
-    """Folder for audit.json and roc.svg; both are private."""
+    """Folder for audit.json, roc.svg and scores (a stopped audit goes on there); all private."""
     reference: str | None = None
     """Model that saw none of the members, e.g. the one before fine-tuning: a stronger attack."""
     planted: str | None = None
@@ -129,6 +129,7 @@ def audit_model(config: AuditModelConfig) -> dict[str, Any]:
         reference=None if reference is None else (reference.config, reference.params),
         neighbour_key=fresh_key(config.seed) if config.neighbours else None,
         batch_size=config.batch_size,
+        cache=pathlib.Path(config.output) / "scores",
         progress=True,
     )
     if planted is not None:

@@ -10,18 +10,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dpjax.data import DOMAIN_LABELS, domain_records, write_domain_records
+from dpjax.data import DOMAIN_LABELS, Tokenizer, domain_records, write_domain_records
 from dpjax.errors import DpjaxError
 from dpjax.generation import stream
 from dpjax.ledger import Ledger
 from dpjax.mechanism import DPSGD
 from dpjax.models import count_parameters, save_pretrained
 from dpjax.runs.config import TrainConfig, fresh_key
-from dpjax.runs.execute import execute
+from dpjax.runs.execute import AnyState, execute
+from dpjax.runs.federation import FederateConfig, base_config, describe_federation
 from dpjax.runs.finish import Finished, finish, page_path, refresh
 from dpjax.runs.folder import Run, create, open_run, reopen
 from dpjax.runs.sources import open_model
-from dpjax.training import TrainState
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(highlight=False, soft_wrap=True, stderr=True)
@@ -55,6 +55,13 @@ def train(config: TrainConfig) -> None:
     _train_and_finish(run)
 
 
+def federate(config: FederateConfig) -> None:
+    """`dpjax federate`: a new federated run."""
+    run = open_run(base_config(config), pathlib.Path(config.output), config)
+    create(run)
+    _train_and_finish(run)
+
+
 def resume(folder: str) -> None:
     """`dpjax resume`: the rest of a stopped run."""
     _train_and_finish(reopen(folder))
@@ -70,15 +77,21 @@ def _train_and_finish(run: Run) -> None:
 
 def describe(run: Run) -> str:
     """The plan in a few lines, before any private computation."""
-    mechanism, size = run.mechanism, len(run.training)
+    mechanism, size, federation = run.mechanism, len(run.training), run.federation
+    units, turns, kind = "examples", "iterations", "record"
+    if run.config.unit == "user":
+        kind = "person"
+    if federation is not None:
+        units, turns, kind = "clients", "rounds", "client with all its records"
     lines = [
-        f"{size:,} training and {len(run.held_out):,} held-out examples of "
-        f"{run.training.sequence_length} tokens; the unit of privacy is one "
-        f"{'person' if run.config.unit == 'user' else 'record'}",
+        f"{size:,} training {units} and {len(run.held_out):,} held-out examples of "
+        f"{run.training.sequence_length} tokens; the unit of privacy is one {kind}",
         f"{count_parameters(run.start.params):,} parameters, "
-        f"{count_parameters(run.point.trainable):,} trained; {mechanism.iterations} iterations of "
-        f"{mechanism.sampling_probability * size:g} examples on average ({mechanism.sampling})",
+        f"{count_parameters(run.point.trainable):,} trained; {mechanism.iterations} {turns} of "
+        f"{mechanism.sampling_probability * size:g} {units} on average ({mechanism.sampling})",
     ]
+    if federation is not None:
+        lines.append(describe_federation(federation))
     if mechanism.is_private:
         delta = run.delta
         stated = f"epsilon {mechanism.epsilon(delta):.3f} (RDP)"
@@ -89,6 +102,8 @@ def describe(run: Run) -> str:
             f"norm {mechanism.l2_clip_norm:g}, {mechanism.relation.name.lower()}"
         )
         lines += noise_advice(mechanism, count_parameters(run.point.trainable))
+        if federation is not None and federation.simulated is not None:
+            lines.append(federation.simulated.line())
     else:
         lines.append("no noise: no formal guarantee, at no epsilon")
     return "\n".join(lines)
@@ -127,8 +142,8 @@ def noise_advice(mechanism: DPSGD, trained: int) -> list[str]:
     return lines
 
 
-def drive(run: Run, ledger: Ledger, label: str, *, quiet: bool = False) -> TrainState:
-    """Executes a run with a progress bar: loss, tokens per second, epsilon spent so far.
+def drive(run: Run, ledger: Ledger, label: str, *, quiet: bool = False) -> AnyState:
+    """Executes a run with a progress bar: loss, tokens or clients per second, epsilon so far.
 
     The loss is the operator's: it is computed on private records and is not covered by epsilon.
     """
@@ -140,11 +155,12 @@ def drive(run: Run, ledger: Ledger, label: str, *, quiet: bool = False) -> Train
         BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]}"),
-        TextColumn("{task.fields[speed]} tok/s"),
+        TextColumn("{task.fields[speed]}"),
         TextColumn("epsilon {task.fields[epsilon]}"),
         TimeRemainingColumn(),
     )
-    state = None
+    state, federated = None, run.federation is not None
+    unit = "clients/s" if federated else "tok/s"
     with Progress(*columns, console=console, disable=quiet) as bar:
         task = bar.add_task(label, total=run.mechanism.iterations, loss="-", speed="-", epsilon="-")
         clock, seen = None, 0
@@ -156,14 +172,14 @@ def drive(run: Run, ledger: Ledger, label: str, *, quiet: bool = False) -> Train
             if clock is None:
                 clock = time.monotonic()
             else:
-                seen += step.sensitive_tokens
+                seen += step.sensitive_clients if federated else step.sensitive_tokens
             elapsed = time.monotonic() - clock
             bar.update(
                 task,
                 completed=step.iteration,
                 total=step.iterations,
                 loss=f"{step.sensitive_loss:.3f}",
-                speed=f"{seen / elapsed:,.0f}" if elapsed > 0 else "-",
+                speed=f"{seen / elapsed:,.{int(federated)}f} {unit}" if elapsed > 0 else "-",
                 epsilon="none" if curve is None else f"{curve[step.iteration]:.2f}",
             )
     assert state is not None
@@ -217,7 +233,7 @@ def generate_text(
             counted += sum(map(len, step))
         if num_samples == 1:
             # A character may be spread over tokens: its beginning decodes to U+FFFD until then.
-            whole = (prompt + tokenizer.decode(texts[0])).rstrip("\ufffd")
+            whole = _continued(tokenizer, prompt, start, texts[0]).rstrip("\ufffd")
             console.print(whole[len(shown) :], end="", markup=False)
             shown = whole
     seconds = time.monotonic() - clock if clock is not None else 0.0
@@ -225,11 +241,17 @@ def generate_text(
         console.print()
     else:
         for text in texts:
-            console.print(prompt + tokenizer.decode(text), markup=False)
+            console.print(_continued(tokenizer, prompt, start, text), markup=False)
             console.print("---")
     if counted and seconds > 0:
         rate = counted / seconds
         errors.print(f"{rate:,.{0 if rate >= 10 else 2}f} tokens/s after compilation")
+
+
+def _continued(tokenizer: Tokenizer, prompt: str, start: list[int], new: list[int]) -> str:
+    """The prompt with its continuation; decoded together, since some tokenizers drop the space in
+    front of a text."""
+    return prompt + tokenizer.decode([*start, *new])[len(tokenizer.decode(start)) :]
 
 
 def export(folder: str, output: str, adapter: bool, base: str | None) -> None:

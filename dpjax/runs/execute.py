@@ -4,17 +4,24 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import numpy as np
 
+from dpjax import federated
 from dpjax.checkpoint import Checkpointer
 from dpjax.errors import DpjaxError
+from dpjax.federated import FederatedTrainState
 from dpjax.ledger import Ledger, affordable_iterations
 from dpjax.models import tuned_loss
 from dpjax.runs.config import fresh_key
+from dpjax.runs.federation import make_algorithm
 from dpjax.runs.folder import Run, refuse_changes
 from dpjax.training import TrainState, fit, init_state
+from dpjax.types import LossFn
+
+AnyState: TypeAlias = TrainState | FederatedTrainState
 
 
 class Progress(NamedTuple):
@@ -24,7 +31,8 @@ class Progress(NamedTuple):
     iterations: int  # that will be taken, after the budget guard
     sensitive_loss: float | None  # of the batch, about nats per token; None after the end
     sensitive_tokens: int  # positions differentiated
-    state: TrainState
+    state: AnyState
+    sensitive_clients: int = 0  # of a federated round
 
 
 def execute(run: Run, ledger: Ledger) -> Iterator[Progress]:
@@ -43,7 +51,8 @@ def execute(run: Run, ledger: Ledger) -> Iterator[Progress]:
       One `Progress` per iteration.
     """
     config, mechanism = run.config, run.mechanism
-    state = init_state(mechanism, run.point.trainable, run.optimizer, fresh_key(config.seed))
+    loss_fn = tuned_loss(run.start.config, run.point.frozen)
+    state, advance = _prepare(run, loss_fn)
     number = find_run(ledger, run.identifier)
     with Checkpointer(run.folder / "checkpoints") as checkpointer:
         if checkpointer.latest() is not None:
@@ -71,34 +80,83 @@ def execute(run: Run, ledger: Ledger) -> Iterator[Progress]:
             )
         metrics = _Metrics(run.folder / "metrics.jsonl", int(state.iteration))
         mask = run.training.loss_mask
-        positions = mask[0, ..., 1:].size
+        rows = mask if run.federation is None else mask[mask.any(axis=-1)]  # of one example each
+        positions = rows[0, ..., 1:].size
         # The loss is per position, padding included (a public constant); people read it per token.
-        per_token = positions * len(mask) / max(1, mask[..., 1:].sum())
-        loss_fn = tuned_loss(run.start.config, run.point.frozen)
-        steps = fit(
-            state,
-            mechanism,
-            loss_fn,
-            run.optimizer,
-            run.training,
-            ledger=ledger,
-            run=number,
-            max_iterations=end,
-        )
+        per_token = positions * len(rows) / max(1, rows[..., 1:].sum())
         iteration = int(state.iteration)
-        for state, info in steps:
+        for state, seen in advance(state, ledger, number, end):
             iteration += 1
-            loss = float(info.sensitive_loss * per_token)
+            loss = seen.loss * per_token
             metrics.append(iteration, loss)
             if iteration % config.checkpoint_every == 0 or iteration == end:
                 metrics.flush()
                 _save(checkpointer, iteration, state, run, ledger)
-            tokens = int(info.sensitive_num_examples) * positions
-            yield Progress(iteration, end, loss, tokens, state)
+            yield Progress(iteration, end, loss, seen.examples * positions, state, seen.clients)
         metrics.flush()
         ledger.end_run(number, "completed" if iteration == mechanism.iterations else "budget")
         # Nothing may have been left to do: the caller still needs the final state.
         yield Progress(iteration, end, None, 0, state)
+
+
+class _Seen(NamedTuple):
+    loss: float  # per position
+    examples: int
+    clients: int = 0
+
+
+def _prepare(run: Run, loss_fn: LossFn) -> tuple[Any, Any]:
+    """The first state, and what drives it on: ``advance(state, ledger, number, end)``."""
+    key = fresh_key(run.config.seed)
+    mechanism, federation = run.mechanism, run.federation
+    if federation is None:
+
+        def steps(state, ledger, number, end):
+            trained = fit(
+                state,
+                mechanism,
+                loss_fn,
+                run.optimizer,
+                run.training,
+                ledger=ledger,
+                run=number,
+                max_iterations=end,
+            )
+            for state, info in trained:
+                yield state, _Seen(float(info.sensitive_loss), int(info.sensitive_num_examples))
+
+        return init_state(mechanism, run.point.trainable, run.optimizer, key), steps
+
+    noise_key, key = jax.random.split(key)
+    clients, config = federation.clients, federation.config
+    algorithm = make_algorithm(config, mechanism, loss_fn, len(clients), noise_key)
+
+    def rounds(state, ledger, number, end):
+        trained = federated.fit(
+            state,
+            algorithm,
+            mechanism,
+            clients,
+            local=federation.local,
+            ledger=ledger,
+            run=number,
+            max_iterations=end,
+            mesh=federation.mesh,
+            engine=config.engine,
+            clients_per_step=config.clients_per_step,
+        )
+        for state, info in trained:
+            metrics = info.sensitive_metrics
+            yield (
+                state,
+                _Seen(
+                    float(metrics["loss"]),
+                    int(metrics["examples"]),
+                    int(info.sensitive_num_clients),
+                ),
+            )
+
+    return federated.init_training(algorithm, run.point.trainable, len(clients), key), rounds
 
 
 def find_run(ledger: Ledger, identifier: str) -> int | None:
@@ -121,7 +179,7 @@ def ledger_facts(run: Run) -> dict[str, Any]:
 
 
 def _save(
-    checkpointer: Checkpointer, iteration: int, state: TrainState, run: Run, ledger: Ledger
+    checkpointer: Checkpointer, iteration: int, state: AnyState, run: Run, ledger: Ledger
 ) -> None:
     facts = {
         "run": run.facts,

@@ -7,15 +7,20 @@ import jax
 import numpy as np
 
 from dpjax.artifact import load_model, save_model
+from dpjax.data import ArrayDataset
 from dpjax.errors import DpjaxError
-from dpjax.evaluation import HeldOutLoss, held_out_loss
+from dpjax.evaluation import HeldOutLoss, held_out_loss, record_losses
 from dpjax.ledger import Ledger
 from dpjax.models import Model, combine, count_parameters
 from dpjax.report import CardInputs, Curve, Sample, TableData, build_card, write_card, write_report
+from dpjax.report.client_figures import clients_figure
+from dpjax.report.figures import standalone
+from dpjax.report.files import write_whole
 from dpjax.runs.config import peak_learning_rate, tuning_of
-from dpjax.runs.execute import find_run, read_metrics
+from dpjax.runs.execute import AnyState, find_run, read_metrics
+from dpjax.runs.federation import card_facts
 from dpjax.runs.folder import Run, read_json, write_json
-from dpjax.training import TrainState
+from dpjax.types import PyTree
 
 
 class Extras(NamedTuple):
@@ -47,7 +52,7 @@ class Finished(NamedTuple):
         return self.card["claim"]["epsilon_in_words"]
 
 
-def finish(run: Run, ledger: Ledger, state: TrainState) -> Finished:
+def finish(run: Run, ledger: Ledger, state: AnyState) -> Finished:
     """Exports the model, evaluates it on held-out records, and writes card and page.
 
     Calling it again, after a kill say, writes the same things again.
@@ -65,6 +70,8 @@ def finish(run: Run, ledger: Ledger, state: TrainState) -> Finished:
         run.folder / "evaluation.json",
         {"before": before._asdict(), "after": after._asdict(), "params_sha256": sha256},
     )
+    if run.federation is not None:
+        write_client_losses(run, params, batch)
     return _finished(run, ledger, model, sha256, before, after)
 
 
@@ -95,7 +102,8 @@ def _finished(
     card = build_card(card_inputs(run, ledger, sha256, before, after))
     write_card(card, run.folder / "card.json")
     done = Finished(run, model, before, after, card, training_curve(run))
-    write_page(done, public=public)
+    tables = client_tables(run) if run.federation is not None and not public else ()
+    write_page(done, Extras(tables=tables), public=public)
     return done
 
 
@@ -115,6 +123,36 @@ def write_page(done: Finished, extras: Extras | None = None, public: bool = Fals
         tables=extras.tables,
         public=public,
     )
+
+
+def write_client_losses(run: Run, params: PyTree, batch: int) -> None:
+    """clients.json and clients.svg: each client's loss before and after, for the owner only."""
+    assert run.federation is not None
+    clients = run.federation.clients
+    rows = ArrayDataset(clients.examples)
+    losses = {}
+    for name, some in (("before", run.start.params), ("after", params)):
+        totals, counts = record_losses(run.start.config, some, rows, batch)
+        sums = [(totals[own].sum(), counts[own].sum()) for own in clients.rows if len(own)]
+        losses[name] = [float(total / max(1.0, count)) for total, count in sums]
+    write_json(run.folder / "clients.json", losses)
+    if all(np.all(np.isfinite(values)) for values in losses.values()):
+        figure = standalone(clients_figure(losses))
+        write_whole(run.folder / "clients.svg", figure)
+
+
+def client_tables(run: Run) -> tuple[TableData, ...]:
+    """Quantiles of the clients' losses, as the last `finish` left them."""
+    path = run.folder / "clients.json"
+    losses = read_json(path, f"{path} is missing; continue with `dpjax resume {run.folder}`")
+    shares = (0.1, 0.5, 0.9, 1.0)
+    names = ("a tenth below", "half below", "a tenth above", "worst")
+    rows = [
+        [name, *(f"{value:.3f}" for value in np.quantile(values, shares))]
+        for name, values in losses.items()
+    ]
+    title = "Clients' own losses (nats per token)"
+    return (TableData(title, ("model", *names), rows),)
 
 
 def _as_pretraining(run: Run) -> dict[str, Any]:
@@ -188,6 +226,11 @@ def card_inputs(
         }
 
     devices = jax.local_devices()
+    facts: dict[str, Any] = {
+        "optimizer": f"{config.optimizer}, peak learning rate {peak_learning_rate(config):g}",
+    }
+    if run.federation is not None:
+        facts = card_facts(run.federation, run.mechanism.is_private)
     return CardInputs(
         mechanism=run.mechanism,
         ledger=ledger,
@@ -215,7 +258,6 @@ def card_inputs(
         model_name=f"{source}decoder with {parameters:,} parameters, trained: {_trained(run)}",
         num_parameters=parameters,
         num_trained_parameters=trained,
-        optimizer=f"{config.optimizer}, peak learning rate {peak_learning_rate(config):g}",
         artifact_sha256=sha256,
         released=("final weights (the model folder)",),
         intended_use=config.intended_use,
@@ -232,4 +274,5 @@ def card_inputs(
         ),
         utility=(utility("before training", before), utility("after training", after)),
         audit=read_audit(run, sha256),
+        **facts,
     )

@@ -37,6 +37,14 @@ from dpjax.runs.config import (
     make_optimizer,
     train_config_from_dict,
 )
+from dpjax.runs.federation import (
+    FederateConfig,
+    Federation,
+    client_datasets,
+    federate_config_from_dict,
+    make_federation,
+    simulate_cohort,
+)
 from dpjax.runs.sources import Start, make_datasets, starting_point
 
 
@@ -55,6 +63,7 @@ class Run:
     identifier: str
     canaries: CoinCanaries | None = None
     audit_secret: bytes | None = None
+    federation: Federation | None = None  # of a federated run; its examples are clients
 
     @property
     def start(self) -> Model:
@@ -64,7 +73,9 @@ class Run:
     @property
     def config_sha256(self) -> str:
         """Of the configuration, without where its output goes."""
-        public = {k: v for k, v in self.facts["config"].items() if k != "output"}
+        public = {**self.facts["config"], "output": None}
+        if "federate" in self.facts:
+            public["federate"] = {**self.facts["federate"], "output": None}
         return hashlib.sha256(json.dumps(public, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -87,6 +98,7 @@ def _facts(
     start: Start,
     training: Dataset | UserDataset,
     secret: bytes | None,
+    federated: FederateConfig | None,
 ) -> dict[str, Any]:
     """What a resumed run must find unchanged; nothing in it depends on noise or keys."""
     facts = {
@@ -97,20 +109,33 @@ def _facts(
         "versions": {name: importlib.metadata.version(name) for name in ("dpjax", "jax", "optax")},
         "platform": jax.default_backend(),
     }
+    if federated is not None:
+        facts["federate"] = dataclasses.asdict(federated)
     if secret is not None:
         facts["audit"] = {"canaries": config.audit_canaries, "commitment": commitment(secret)}
     # As a file would give them back: tuples are lists there.
     return json.loads(json.dumps(facts))
 
 
-def open_run(config: TrainConfig, folder: pathlib.Path) -> Run:
-    """Reads the data, makes the model and calibrates the noise; writes nothing."""
+def open_run(
+    config: TrainConfig, folder: pathlib.Path, federated: FederateConfig | None = None
+) -> Run:
+    """Reads the data, makes the model and calibrates the noise; writes nothing.
+
+    Args:
+      federated: of a federated run; ``config`` is then its `base_config`.
+    """
     if config.checkpoint_every < 1:
         raise DpjaxError(f"checkpoint_every is {config.checkpoint_every}; use at least 1")
     # Public randomness: where parameters begin must not need the secret key.
     point = starting_point(config, fresh_key(0 if config.seed is None else config.seed))
     start = point.model
-    training, held_out = make_datasets(config, start.tokenizer)
+    federation = None
+    if federated is None:
+        training, held_out = make_datasets(config, start.tokenizer)
+    else:
+        training, held_out = client_datasets(federated, start.tokenizer)
+        federation = make_federation(federated, training)
     training.validate(start.config.vocabulary_size)
     held_out.validate(start.config.vocabulary_size)
     real, secret, canaries = len(training), None, None
@@ -126,18 +151,23 @@ def open_run(config: TrainConfig, folder: pathlib.Path) -> Run:
         raise DpjaxError(
             f"sequence_length is {config.sequence_length}; the model has positions for {longest}"
         )
+    mechanism = make_mechanism(config, len(training), real + config.audit_canaries / 2)
+    if federation is not None and federation.config.imagined_cohort is not None:
+        simulated = simulate_cohort(federation.config, mechanism)
+        mechanism, federation = simulated.actual, federation._replace(simulated=simulated)
     return Run(
         folder,
         config,
         point,
-        make_mechanism(config, len(training), real + config.audit_canaries / 2),
+        mechanism,
         make_optimizer(config),
         training,
         held_out,
-        _facts(config, point, training, secret),
+        _facts(config, point, training, secret, federated),
         secrets.token_hex(8),
         canaries,
         secret,
+        federation,
     )
 
 
@@ -177,10 +207,12 @@ def reopen(folder: str | os.PathLike) -> Run:
     saved = read_json(path / "run.json", f"{path} holds no run; start one with `dpjax train`")
     try:
         config = train_config_from_dict(saved["config"])
+        described = saved.get("federate")
+        federated = None if described is None else federate_config_from_dict(described)
         identifier = saved["identifier"]
     except (TypeError, KeyError) as error:
         raise DpjaxError(f"{path / 'run.json'} is corrupt ({error}); restore the file") from None
-    run = dataclasses.replace(open_run(config, path), identifier=identifier)
+    run = dataclasses.replace(open_run(config, path, federated), identifier=identifier)
     refuse_changes(saved, run.facts, path)
     return run
 

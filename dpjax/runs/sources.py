@@ -62,13 +62,13 @@ def public_plays() -> list[Record]:
     return [*joined, Record(current, current_play)]
 
 
-_BUNDLED = {"chitchat": chitchat, "shakespeare": public_plays}
+BUNDLED = {"chitchat": chitchat, "shakespeare": public_plays}
 
 
 def read_records(config: TrainConfig, source: str) -> list[Record]:
     """Records of a file, folder, hub id or bundled source."""
-    if source in _BUNDLED:
-        return _BUNDLED[source]()
+    if source in BUNDLED:
+        return BUNDLED[source]()
     return records_from(
         source, config.text_field, config.user_field, label_field=config.label_field
     )
@@ -214,7 +214,7 @@ def make_datasets(
 
 
 def _people(config: TrainConfig, training: Dataset) -> UserDataset:
-    if config.user_field is None and config.data not in _BUNDLED:
+    if config.user_field is None and config.data not in BUNDLED:
         raise DpjaxError("unit is 'user' without user_field; name the field with the person's id")
     if config.max_examples_per_user is None:
         raise DpjaxError(
