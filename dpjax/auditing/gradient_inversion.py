@@ -43,7 +43,8 @@ def invert_gradients(
 
     Args:
       update_fn: the update that a client would send for images ``x``, differentiable twice where
-        training is (smooth activations); labels are inside it, see `infer_labels`.
+        training is (smooth activations); labels are inside it, see `infer_labels`. For many clients
+        pass ``jax.tree_util.Partial(function, labels)`` with one function: it is compiled once.
       observed: pytree like its result.
       shape: of ``x``: (B, height, width) or (B, height, width, channels), or any (B, ...) with
         ``total_variation=0``.
@@ -84,24 +85,30 @@ def invert_gradients(
     low, high = box
     keys = jax.random.split(require_key(key), restarts)
     start = jax.vmap(lambda k: jax.random.uniform(k, shape, jnp.float32, low, high))(keys)
-    schedule = optax.cosine_decay_schedule(learning_rate * (high - low), iterations, 0.01)
-    search = functools.partial(
-        _search,
-        jax.tree_util.Partial(update_fn),
+    if not isinstance(update_fn, jax.tree_util.Partial):
+        update_fn = jax.tree_util.Partial(update_fn)
+    images, objectives = _search(
+        update_fn,
+        observed,
+        start,
         total_variation=total_variation,
-        box=box,
-        optimizer=optax.adam(schedule),
+        box=(float(low), float(high)),
+        learning_rate=learning_rate * (high - low),
         iterations=iterations,
     )
-    images, objectives = jax.jit(search)(observed, start)
     best = int(jnp.nanargmin(objectives))
-    cosine = float(_cosine(jax.jit(update_fn)(images[best]), observed))
+    cosine = float(_own_cosine(update_fn, images[best], observed))
     return Inversion(
         np.asarray(images[best]), float(objectives[best]), np.asarray(objectives), cosine
     )
 
 
-def _search(update_fn, observed, start, *, total_variation, box, optimizer, iterations):
+@functools.partial(
+    jax.jit, static_argnames=("total_variation", "box", "learning_rate", "iterations")
+)
+def _search(update_fn, observed, start, *, total_variation, box, learning_rate, iterations):
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, iterations, 0.01))
+
     def objective(x):
         return 1.0 - _cosine(update_fn(x), observed) + total_variation * _total_variation(x)
 
@@ -119,6 +126,11 @@ def _search(update_fn, observed, start, *, total_variation, box, optimizer, iter
         return x, objective(x)
 
     return jax.vmap(one)(start)
+
+
+@jax.jit
+def _own_cosine(update_fn, images, observed):
+    return _cosine(update_fn(images), observed)
 
 
 def _cosine(a: PyTree, b: PyTree) -> jax.Array:

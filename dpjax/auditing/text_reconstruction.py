@@ -53,7 +53,7 @@ class RecoveredSequences:
       ranks: dimensions of the spans before the first and the second layer; None without a gap.
       match: cosine of the observed gradient and its best fit by those of ``sequences``; attackers
         can compute it, and 1 says that they explain it all. 0 without sequences.
-      complete: False if the search was cut at its limit of prefixes.
+      complete: False if the search was cut at its limit of prefixes or of candidates.
     """
 
     sequences: tuple[tuple[int, ...], ...]
@@ -162,6 +162,7 @@ def recover_sequences(
     *,
     max_length: int,
     max_prefixes: int = 256,
+    max_candidates: int = 1024,
 ) -> RecoveredSequences:
     """The token sequences of a batch in order, by span checks before the first and second layer.
 
@@ -183,6 +184,7 @@ def recover_sequences(
         sequences of `language_model_loss`.
       max_length: tokens of the longest sequence, with the last one.
       max_prefixes: where the search stops if the spans do not tell tokens apart.
+      max_candidates: where it stops if the head does not tell last tokens apart.
 
     Raises:
       DpjaxError: as `recover_tokens`; a single layer; ``max_length`` below 2.
@@ -234,6 +236,8 @@ def recover_sequences(
     candidates = _with_last_tokens(config, params, observed_gradient, nodes, steps)
     if not candidates:
         return RecoveredSequences((), ranks, 0.0)
+    if len(candidates) > max_candidates:
+        return RecoveredSequences((), ranks, 0.0, complete=False)
     # The gradient of a batch is the weighted sum of its sequences': who has no weight is not in it.
     columns = [_flat(_gradient(config, params, text, max_length)) for text in candidates]
     matrix, observed = np.stack(columns, axis=1), _flat(observed_gradient)

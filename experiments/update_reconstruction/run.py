@@ -171,6 +171,9 @@ def attack_images(
     def searched(update: Any) -> Any:
         return {name: update[name] for name in ("hidden", "head")}
 
+    def attacked(label: jax.Array, batch: jax.Array) -> Any:
+        return searched(update_of(batch, label))
+
     quick = jax.jit(update_of)
     pictures: dict[str, list[np.ndarray]] = {"original": []}
     values: dict[str, dict[str, list[float]]] = {
@@ -194,7 +197,7 @@ def attack_images(
             key = jax.random.fold_in(keys[2], client * len(views) + number)
             observed = look(updates, seen, key, 0.5)
             result = invert_gradients(
-                lambda x, label=label: searched(update_of(x, label)),
+                jax.tree_util.Partial(attacked, label),  # one compilation for all
                 searched(observed),
                 (1, 8, 8),
                 jax.random.fold_in(key, 1),

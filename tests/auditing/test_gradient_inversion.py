@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpjax.auditing import gradient_inversion
 from dpjax.auditing.gradient_inversion import (
     first_linear_layer_input,
     infer_labels,
@@ -117,7 +118,7 @@ def searches(params, digits):
         return {name: update[name] for name in ("hidden", "head")}
 
     updates = [update_fn(jnp.asarray(images[i : i + 1]), i) for i in range(8)]
-    found = {}
+    found, compiled = {}, gradient_inversion._search._cache_size()
     for view in ("plain", "clipped", "noised", "aggregated"):
         seen = observe_update(
             updates, view, l2_clip_norm=0.5, noise_multiplier=0.8, key=jax.random.key(2)
@@ -126,6 +127,7 @@ def searches(params, digits):
             update_fn, seen, (1, 8, 8), jax.random.key(3), iterations=300, restarts=3,
             total_variation=1e-4,
         )  # fmt: skip
+    assert gradient_inversion._search._cache_size() == compiled + 1  # for all views
     return found
 
 

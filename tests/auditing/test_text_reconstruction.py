@@ -91,6 +91,10 @@ def test_sequences_exactly_and_in_order(params, shape, view):
     assert sorted(found.sequences) == sorted(BATCH)
     assert found.complete and found.match > 0.9999
     assert found.ranks == (8, 10)
+    # Each candidate takes the memory of a gradient: where there are too many, the search says so.
+    for limit in ({"max_prefixes": 9}, {"max_candidates": 1}):
+        cut = recover_sequences(shape, params[shape], seen, max_length=6, **limit)
+        assert cut.sequences == () and not cut.complete and cut.match == 0.0
 
 
 def test_the_order_comes_from_the_gradient(params):
