@@ -4,6 +4,7 @@ from dpjax import accounting, auditing, clipping, data, models
 from dpjax.accounting import calibrate_noise_multiplier, epsilon
 from dpjax.adaptive import AdaptiveClipping
 from dpjax.clipping import clipped_grad
+from dpjax.correlated_noise import CorrelatedNoise, matrix_factorization_privatizer
 from dpjax.errors import DpjaxError
 from dpjax.generation import generate
 from dpjax.ledger import Ledger
@@ -16,6 +17,7 @@ from dpjax.types import NeighboringRelation
 __all__ = [
     "DPSGD",
     "AdaptiveClipping",
+    "CorrelatedNoise",
     "DpjaxError",
     "Ledger",
     "NeighboringRelation",
@@ -35,6 +37,7 @@ __all__ = [
     "gaussian_privatizer",
     "generate",
     "init_state",
+    "matrix_factorization_privatizer",
     "models",
     "train_step",
 ]

@@ -22,6 +22,8 @@ from dpjax import accounting
 from dpjax import sampling as samplers
 from dpjax.errors import DpjaxError
 from dpjax.mechanism import DPSGD
+from dpjax.releases import released_dp_event
+from dpjax.strategies import Strategy, described, from_description
 from dpjax.types import NeighboringRelation
 
 try:
@@ -40,8 +42,12 @@ def _digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(_canonical(record).encode()).hexdigest()
 
 
-def describe_release(sampler: samplers.Sampler, noise_multiplier: float) -> dict[str, Any]:
+def describe_release(
+    sampler: samplers.Sampler, noise_multiplier: float, strategy: Strategy | None = None
+) -> dict[str, Any]:
     """What one iteration does, from the objects that do it; `released_event` reads it back.
+
+    With correlated noise (a strategy) the noise multiplier is that of the whole run.
 
     Example:
       >>> sampler = samplers.PoissonSampler(1000, sampling_probability=0.1)
@@ -55,17 +61,18 @@ def describe_release(sampler: samplers.Sampler, noise_multiplier: float) -> dict
         for field in dataclasses.fields(sampler)
         if field.name not in hidden
     }
-    return {"sampling": sampler.name, **fields, "noise_multiplier": noise_multiplier}
+    release = {"sampling": sampler.name, **fields, "noise_multiplier": noise_multiplier}
+    return release if strategy is None else {**release, "strategy": described(strategy)}
 
 
 def released_event(release: dict[str, Any], count: int) -> dp_accounting.DpEvent:
-    """dp_accounting event of ``count`` such releases."""
+    """dp_accounting event of ``count`` such releases, the first of one run."""
     fields = dict(release)
     kind = samplers.SAMPLERS[fields.pop("sampling")]
     noise_multiplier = fields.pop("noise_multiplier")
-    if count and noise_multiplier == 0.0:
-        return dp_accounting.NonPrivateDpEvent()
-    return samplers.composed_dp_event(kind(**fields), noise_multiplier, count)
+    strategy = fields.pop("strategy", None)
+    strategy = None if strategy is None else from_description(strategy)
+    return released_dp_event(kind(**fields), noise_multiplier, count, strategy)
 
 
 class Ledger:
@@ -92,6 +99,7 @@ class Ledger:
             (r["run"], r["iteration"]): r["release"] for r in records if r["kind"] == "release"
         }
         self._iterations = collections.Counter(run for run, _ in self._releases)
+        self._planned = {r["run"]: r["plan"]["release"] for r in records if r["kind"] == "run"}
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "Ledger":
@@ -163,13 +171,12 @@ class Ledger:
         ``config`` holds public, JSON-compatible facts (hashes, versions) to compare on resume.
         """
         run = self.num_runs
+        release = planned_release(mechanism, population)
         self._append(
             "run",
             run=run,
             plan={
-                "release": describe_release(
-                    mechanism.planned_sampler(population), mechanism.noise_multiplier or 0.0
-                ),
+                "release": release,
                 "iterations": mechanism.iterations,
                 "neighboring_relation": mechanism.relation.name.lower(),
                 "l2_clip_norm": mechanism.l2_clip_norm,
@@ -180,18 +187,36 @@ class Ledger:
             },
             config=config,
         )
+        self._planned[run] = release
         return run
 
     def record_release(
-        self, run: int, iteration: int, sampler: samplers.Sampler, noise_multiplier: float
+        self,
+        run: int,
+        iteration: int,
+        sampler: samplers.Sampler,
+        noise_multiplier: float,
+        strategy: Strategy | None = None,
     ) -> None:
         """Writes one release to disk; call it before the step is computed.
 
         A resumed run recomputes releases that were recorded but lost: same key, same rows, same
         noise, hence the same release, which costs nothing again. It is accepted if it is described
-        exactly as before, refused otherwise.
+        exactly as before, refused otherwise. Correlated releases make one event together, so with
+        a strategy (``mechanism.strategy``) each must be as the run's plan has it.
         """
-        release = describe_release(sampler, noise_multiplier)
+        release = describe_release(sampler, noise_multiplier, strategy)
+        planned = self._planned.get(run, {})
+        if release != planned and "strategy" in {**release, **planned}:
+            raise DpjaxError(
+                f"iteration {iteration} of run {run} would be {release}, but its plan is {planned};"
+                " correlated noise is accounted for as a whole: start a new run"
+            )
+        if strategy is not None and iteration >= strategy.iterations:
+            raise DpjaxError(
+                f"iteration {iteration} of run {run} is beyond the {strategy.iterations} that its "
+                "correlated noise is planned for; start a new run"
+            )
         before = self._releases.get((run, iteration))
         if before is not None:
             if before != release:
@@ -296,6 +321,15 @@ class Ledger:
         self.close()
 
 
+def planned_release(mechanism: DPSGD, population: int) -> dict[str, Any]:
+    """`describe_release` of every iteration of a mechanism's plan."""
+    return describe_release(
+        mechanism.planned_sampler(population),
+        mechanism.noise_multiplier or 0.0,
+        mechanism.strategy,
+    )
+
+
 def read_records(content: bytes, path: pathlib.Path) -> list[dict[str, Any]]:
     """Parses complete lines and checks the chain."""
     records: list[dict[str, Any]] = []
@@ -349,12 +383,7 @@ def affordable_iterations(
     relation = ledger.neighboring_relation()
 
     def total(iterations: int) -> dp_accounting.DpEvent:
-        own = released_event(
-            describe_release(
-                mechanism.planned_sampler(population), mechanism.noise_multiplier or 0.0
-            ),
-            iterations,
-        )
+        own = released_event(planned_release(mechanism, population), iterations)
         return dp_accounting.ComposedDpEvent([*others, own]) if others else own
 
     def spent(iterations: int) -> float:

@@ -16,8 +16,11 @@ from dpjax import accounting
 from dpjax import sampling as samplers
 from dpjax.adaptive import AdaptiveClipping
 from dpjax.clipping import ClippedGrad, Groups, Method, clipped_grad
+from dpjax.correlated_noise import CorrelatedNoise, matrix_factorization_privatizer
 from dpjax.errors import DpjaxError
 from dpjax.noise import gaussian_privatizer
+from dpjax.releases import num_events, released_dp_event
+from dpjax.strategies import BandedToeplitz, BufferedToeplitz, Strategy, Tree
 from dpjax.types import (
     LossFn,
     NeighboringRelation,
@@ -27,7 +30,9 @@ from dpjax.types import (
     require_key,
 )
 
-Sampling = Literal["poisson", "truncated_poisson", "fixed_size", "shuffled"]
+Sampling = Literal[
+    "poisson", "truncated_poisson", "fixed_size", "shuffled", "cyclic", "cyclic_poisson"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +45,15 @@ class DPSGD:
     Attributes:
       l2_clip_norm: largest L2 norm of one example's gradient; ``inf`` only without noise.
       sampling_probability: of one example in one iteration, in (0, 1]. For "fixed_size" and
-        "shuffled" the batch is ``round(sampling_probability * population)``.
+        "shuffled" the batch is ``round(sampling_probability * population)``, for "cyclic" at most
+        that; for "cyclic_poisson" it is the mean over all iterations.
       iterations: noisy releases planned.
       noise_multiplier: stddev / sensitivity under ``neighboring_relation``; 0 is "no privacy".
       target_epsilon: nats.
       target_delta: in (0, 1).
-      sampling: "poisson", "truncated_poisson", "fixed_size" or "shuffled".
+      sampling: "poisson", "truncated_poisson", "fixed_size", "shuffled", "cyclic" (groups of fixed
+        members take turns) or "cyclic_poisson" (of the group whose turn it is, a Poisson sample;
+        with banded noise only, as many groups as bands).
       population: number of examples, taken as public; needed by all but "poisson".
       truncated_batch_size: for "truncated_poisson".
       normalize_by: public constant that divides the sum, e.g. the expected batch size.
@@ -56,6 +64,9 @@ class DPSGD:
       stability_constant: automatic clipping instead; see `clipped_grad`.
       adaptive_clipping: lets the clip norm follow a quantile; ``l2_clip_norm`` is the first one.
       accountant: "rdp" or "pld", used to calibrate.
+      correlated_noise: noise that later iterations partly take back, in place of independent noise:
+        `CorrelatedNoise`, or a ready strategy from `dpjax.strategies` (as ``strategy`` gives it).
+        With "cyclic" sampling, or banded with "cyclic_poisson".
 
     Raises:
       DpjaxError: contradictory or impossible settings.
@@ -63,9 +74,13 @@ class DPSGD:
     Guarantee:
       ``dp_event`` describes what ``sampler`` and ``privatizer`` do, iteration by iteration, under
       ``neighboring_relation``; a relation for which the sampler's amplification is not proven is
-      refused. The unit of privacy is one row of the data set.
+      refused. The unit of privacy is one row of the data set. With correlated noise and "cyclic"
+      sampling all iterations together are ONE Gaussian release with ``noise_multiplier``, and so
+      is every beginning of them; the noise covers an example that returns in every turn of its
+      group until the last planned iteration.
 
-    Source: Abadi et al. (2016); Ponomareva et al. (2023) for the choices.
+    Source: Abadi et al. (2016); Ponomareva et al. (2023) for the choices; Choquette-Choo et al.
+    (2023) for correlated noise.
 
     Example:
       >>> mechanism = DPSGD(1.0, 0.04, 2250, noise_multiplier=1.5)
@@ -74,6 +89,10 @@ class DPSGD:
       >>> calibrated = DPSGD(1.0, 0.04, 2250, target_epsilon=7.33, target_delta=1e-5)
       >>> print(f"{calibrated.noise_multiplier:.2f}")
       1.50
+      >>> correlated = DPSGD(1.0, 0.04, 75, noise_multiplier=1.5, sampling="cyclic",
+      ...                    population=1000, correlated_noise=CorrelatedNoise("banded"))
+      >>> correlated.dp_event  # three epochs, one event
+      GaussianDpEvent(noise_multiplier=1.5)
     """
 
     l2_clip_norm: float
@@ -93,12 +112,12 @@ class DPSGD:
     stability_constant: float | None = None
     adaptive_clipping: AdaptiveClipping | None = None
     accountant: accounting.Accountant = "rdp"
+    correlated_noise: CorrelatedNoise | Strategy | None = None
 
     def __post_init__(self):
         if self.sampling not in samplers.SAMPLERS:
-            raise DpjaxError(
-                f"sampling is {self.sampling!r}; use one of: {', '.join(samplers.SAMPLERS)}"
-            )
+            known = ", ".join(samplers.SAMPLERS)
+            raise DpjaxError(f"sampling is {self.sampling!r}; use one of: {known}")
         if self.iterations < 1:
             raise DpjaxError(f"iterations is {self.iterations}; it must be at least 1")
         by_target = self.target_epsilon is not None or self.target_delta is not None
@@ -137,9 +156,16 @@ class DPSGD:
             accounting.check_delta(self.target_delta, self.population)
         if self.adaptive_clipping is not None:
             self._check_adaptive_clipping()
+        self._check_correlated_noise()
         # Building the parts once checks the remaining fields where they are understood.
         self._sampler(self.population or 1, None)
         self.clipped_grad(_no_loss)
+        if self.strategy is not None and self.strategy.iterations != self.iterations:
+            raise DpjaxError(
+                f"the strategy is for {self.strategy.iterations} iterations, the mechanism for "
+                f"{self.iterations}; they must be the same"
+            )
+        _ = self.strategy_sensitivity  # refuses a strategy that returning examples could escape
         if by_target:
             object.__setattr__(self, "noise_multiplier", self._calibrated_noise_multiplier())
         if not (self._noise >= 0 and math.isfinite(self._noise)):
@@ -165,6 +191,66 @@ class DPSGD:
             raise DpjaxError(
                 f"l2_clip_norm is {self.l2_clip_norm}; adaptive_clipping starts there: use e.g. 1.0"
             )
+
+    def _check_correlated_noise(self) -> None:
+        given = self.correlated_noise
+        if given is None:
+            if self.sampling == "cyclic_poisson":
+                raise DpjaxError(
+                    "correlated_noise is None; cyclic_poisson sampling has as many groups as banded"
+                    " noise has bands: give it, or use poisson sampling"
+                )
+            return
+        if not isinstance(given, CorrelatedNoise | BandedToeplitz | BufferedToeplitz | Tree):
+            raise DpjaxError(
+                f"correlated_noise is a {type(given).__name__}; use CorrelatedNoise, or a banded, "
+                "buffered or tree strategy"
+            )
+        if self.sampling not in ("cyclic", "cyclic_poisson"):
+            raise DpjaxError(
+                f"correlated_noise is given with {self.sampling} sampling, where an example may "
+                "return in the next iteration and as often as chance has it, which no strategy's "
+                "sensitivity covers; use cyclic sampling"
+            )
+        if self.adaptive_clipping is not None:
+            raise DpjaxError(
+                "adaptive_clipping is given with correlated_noise, for which its joint guarantee "
+                "is not proven; use a fixed clip norm"
+            )
+        if self.sampling == "cyclic_poisson" and self._num_bands is None:
+            raise DpjaxError(
+                "cyclic_poisson sampling amplifies banded noise only: under any other, an example's"
+                " turns overlap; use CorrelatedNoise('banded', num_bands=...) or cyclic sampling"
+            )
+
+    @property
+    def _num_bands(self) -> int | None:
+        """Of banded noise where the configuration says how many."""
+        return getattr(self.correlated_noise, "num_bands", None)
+
+    @property
+    def strategy(self) -> Strategy | None:
+        """Strategy matrix of the noise; None for independent noise."""
+        if not isinstance(self.correlated_noise, CorrelatedNoise):
+            return self.correlated_noise
+        sampler = self._sampler(self.population or 1, None)
+        assert isinstance(sampler, samplers.CyclicSampler | samplers.CyclicPoissonSampler)
+        turns = sampler.num_events(self.iterations)
+        return self.correlated_noise.strategy(self.iterations, sampler.num_groups, turns)
+
+    @property
+    def strategy_sensitivity(self) -> float:
+        """How far one example's parts of norm 1 move all iterations together; 1 if independent.
+
+        With "cyclic_poisson" it is that of one turn: the accountant composes the turns.
+        """
+        strategy = self.strategy
+        if strategy is None:
+            return 1.0
+        sampler = self._sampler(self.population or 1, None)
+        if isinstance(sampler, samplers.CyclicSampler):
+            return strategy.sensitivity(sampler.num_groups, fixed_order=True)
+        return strategy.sensitivity(self.iterations, max_participations=1)
 
     @property
     def _noise(self) -> float:
@@ -203,17 +289,31 @@ class DPSGD:
                 sampling_probability=self.sampling_probability,
                 truncated_batch_size=self.truncated_batch_size or 0,
             )
-        kind = samplers.FixedSizeSampler
-        if self.sampling == "shuffled":
-            kind = samplers.ShuffledSampler
+        if self.sampling == "cyclic_poisson":
+            num_groups = self._num_bands or 1
+            within = self.sampling_probability * num_groups
+            within = 1.0 if 1 < within <= 1 + 1e-9 else within
+            if self.sampling_probability <= 1 < within:
+                raise DpjaxError(
+                    f"num_bands is {num_groups} at sampling_probability "
+                    f"{self.sampling_probability:g}: each of as many groups is smaller than the "
+                    f"expected batch; use at most {int(1 / self.sampling_probability)} bands"
+                )
+            return samplers.CyclicPoissonSampler(
+                population,
+                key,
+                self.microbatch_size or 1,
+                sampling_probability=within,
+                num_groups=num_groups,
+            )
+        kinds = {"shuffled": samplers.ShuffledSampler, "cyclic": samplers.CyclicSampler}
+        kind = kinds.get(self.sampling, samplers.FixedSizeSampler)
         size = max(1, round(self.sampling_probability * population))
         return kind(population, key, self.microbatch_size or 1, fixed_batch_size=size)
 
     def _event(self, noise_multiplier: float, iterations: int) -> dp_accounting.DpEvent:
-        if noise_multiplier == 0.0 and iterations > 0:
-            return dp_accounting.NonPrivateDpEvent()
         described = self._sampler(self.population or 1, None)
-        return samplers.composed_dp_event(described, noise_multiplier, iterations)
+        return released_dp_event(described, noise_multiplier, iterations, self.strategy)
 
     @property
     def dp_event(self) -> dp_accounting.DpEvent:
@@ -245,11 +345,12 @@ class DPSGD:
         """Absolute noise standard deviation per coordinate of the (normalised) sum.
 
         With ``adaptive_clipping`` it is that of the first iteration, and moves with the clip norm.
+        With ``correlated_noise`` it is that of the independent draws which the noise is made of.
         """
         if not self.is_private:
             return 0.0
         sensitivity = self.clipped_grad(_no_loss).sensitivity(self.relation)
-        return self.gradient_noise_multiplier * sensitivity
+        return self.gradient_noise_multiplier * self.strategy_sensitivity * sensitivity
 
     @property
     def count_stddev(self) -> float:
@@ -281,8 +382,8 @@ class DPSGD:
         if not self.is_private:
             return np.where(counts > 0, np.inf, 0.0)
         described = self._sampler(self.population or 1, None)
-        if isinstance(described, samplers.ShuffledSampler):
-            counts = -(-counts // described.batches_per_epoch)
+        strategy = self.strategy
+        counts = np.array([num_events(described, int(count), strategy) for count in counts])
         unique, inverse = np.unique(counts, return_inverse=True)
         curve = accounting.epsilon_curve(
             described.dp_event(self._noise), unique, delta, self.relation
@@ -291,12 +392,15 @@ class DPSGD:
 
     def sampler(self, population: int, key: RandomKey) -> samplers.Sampler:
         """The sampler that this mechanism accounts for, over ``population`` examples."""
+        self._check_population(population)
+        return self._sampler(population, require_key(key))
+
+    def _check_population(self, population: int) -> None:
         if self.population is not None and population != self.population:
             raise DpjaxError(
                 f"the data set has {population} examples, but the mechanism was accounted for "
                 f"population {self.population}; build it with population=len(dataset)"
             )
-        return self._sampler(population, require_key(key))
 
     def planned_sampler(self, population: int) -> samplers.Sampler:
         """The same sampler without a key: good for accounting, not for drawing."""
@@ -320,11 +424,13 @@ sampling; a poisson epsilon does not hold for it: build the mechanism with sampl
                 f"sampling; a {self.sampling} epsilon does not hold for it: "
                 f"build the mechanism with sampling={sampler.name!r}"
             )
-        expected = self._sampler(sampler.population, None).dp_event(self._noise)
-        found = sampler.dp_event(self._noise)
+        self._check_population(sampler.population)
+        # Not only the event: two samplers with one event may return to an example at other times.
+        expected = self._sampler(sampler.population, None)
+        found = dataclasses.replace(sampler, key=None, multiple_of=expected.multiple_of)
         if found != expected:
             raise DpjaxError(
-                f"the sampler's event is {found}, but the mechanism accounts for {expected}; "
+                f"the sampler is {found}, but the mechanism accounts for {expected}; "
                 "take the sampler from mechanism.sampler(population, key)"
             )
 
@@ -343,7 +449,10 @@ sampling; a poisson epsilon does not hold for it: build the mechanism with sampl
 
     def privatizer(self, key: RandomKey) -> optax.GradientTransformation:
         """Gaussian noise scaled to the clipped gradient's own sensitivity."""
-        return gaussian_privatizer(self.stddev, key)
+        strategy = self.strategy
+        if strategy is None:
+            return gaussian_privatizer(self.stddev, key)
+        return matrix_factorization_privatizer(strategy, self.stddev, key)
 
 
 def _no_loss(params: PyTree, example: PyTree) -> PyTree:

@@ -116,6 +116,10 @@ class PoissonSampler(_Sampler):
             self.sampling_probability, dp_accounting.GaussianDpEvent(noise_multiplier)
         )
 
+    def num_events(self, iterations: int) -> int:
+        """How many of `dp_event` so many iterations cost."""
+        return iterations
+
     neighboring_relations: ClassVar = (
         NeighboringRelation.ADD_OR_REMOVE_ONE,
         NeighboringRelation.REPLACE_SPECIAL,
@@ -183,6 +187,10 @@ class TruncatedPoissonSampler(_Sampler):
             noise_multiplier=noise_multiplier,
         )
 
+    def num_events(self, iterations: int) -> int:
+        """How many of `dp_event` so many iterations cost."""
+        return iterations
+
     neighboring_relations: ClassVar = (NeighboringRelation.ADD_OR_REMOVE_ONE,)
 
 
@@ -229,6 +237,10 @@ class FixedSizeSampler(_Sampler):
             self.fixed_batch_size,
             dp_accounting.GaussianDpEvent(noise_multiplier),
         )
+
+    def num_events(self, iterations: int) -> int:
+        """How many of `dp_event` so many iterations cost."""
+        return iterations
 
     neighboring_relations: ClassVar = (NeighboringRelation.REPLACE_ONE,)
 
@@ -284,17 +296,171 @@ class ShuffledSampler(_Sampler):
         """Event of one *epoch*: disjoint batches compose in parallel."""
         return dp_accounting.GaussianDpEvent(noise_multiplier)
 
+    def num_events(self, iterations: int) -> int:
+        """How many of `dp_event` so many iterations cost: the epochs begun."""
+        return -(-iterations // self.batches_per_epoch)
+
     neighboring_relations: ClassVar = (
         NeighboringRelation.REPLACE_SPECIAL,
         NeighboringRelation.REPLACE_ONE,
     )
 
 
-Sampler: TypeAlias = PoissonSampler | TruncatedPoissonSampler | FixedSizeSampler | ShuffledSampler
+@dataclasses.dataclass(frozen=True)
+class CyclicSampler(_Sampler):
+    """Fixed groups take turns: each example returns after exactly ``num_groups`` iterations.
+
+    The order is drawn once, from the key. For noise that is correlated over iterations, which needs
+    to know when an example can return; no amplification by sampling is claimed.
+
+    Guarantee:
+      Each example is in one group, and takes part in no other group's iterations. Groups differ in
+      size by at most one, and none exceeds ``fixed_batch_size``. Neighbouring relation:
+      replace-special or replace-one; adding or removing one would change the groups.
+
+    Source: Choquette-Choo et al. (2023), multi-epoch matrix factorization (fixed-epoch order).
+
+    Example:
+      >>> import jax
+      >>> sampler = CyclicSampler(10, jax.random.key(0), fixed_batch_size=4)
+      >>> sampler.num_groups, [(~sampler.batch(i).is_padding_example).sum() for i in range(3)]
+      (3, [np.int64(4), np.int64(3), np.int64(3)])
+      >>> bool((sampler.batch(1).indices == sampler.batch(4).indices).all())
+      True
+    """
+
+    fixed_batch_size: int = 0
+    name: ClassVar[str] = "cyclic"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_fixed(self.fixed_batch_size, self.population)
+
+    @property
+    def num_groups(self) -> int:
+        return -(-self.population // self.fixed_batch_size)
+
+    @property
+    def expected_batch_size(self) -> float:
+        return self.population / self.num_groups
+
+    @property
+    def physical_batch_size(self) -> int:
+        return self._padded(-(-self.population // self.num_groups))
+
+    def batch(self, step: int) -> Batch:
+        """Rows of iteration ``step`` (int >= 0): shapes (physical_batch_size,)."""
+        bits = self._bits(0, 0, self.population)
+        return self._batch(_group(bits, step, self.num_groups), self.physical_batch_size)
+
+    def dp_event(self, noise_multiplier: float) -> dp_accounting.DpEvent:
+        """Event of one *epoch* with independent noise: disjoint groups compose in parallel."""
+        return dp_accounting.GaussianDpEvent(noise_multiplier)
+
+    def num_events(self, iterations: int) -> int:
+        """How many of `dp_event` so many iterations cost: one example's participations."""
+        return -(-iterations // self.num_groups)
+
+    neighboring_relations: ClassVar = (
+        NeighboringRelation.REPLACE_SPECIAL,
+        NeighboringRelation.REPLACE_ONE,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CyclicPoissonSampler(_Sampler):
+    """Fixed groups take turns; of the group whose turn it is, each example joins independently.
+
+    Both: an example returns after ``num_groups`` iterations at the earliest, as banded noise of at
+    most as many bands needs, and its being there is amplified by sampling within its group.
+
+    Guarantee:
+      Inclusion within the group is independent with probability at most ``sampling_probability``,
+      and each example is in one fixed group. Neighbouring relation: replace-special; adding or
+      removing one would change the groups. The realised batch size is private.
+
+    Source: Choquette-Choo et al. (2023), "(Amplified) banded matrix factorization", algorithm 2 and
+    theorem 4.
+
+    Example:
+      >>> import jax
+      >>> sampler = CyclicPoissonSampler(
+      ...     1000, jax.random.key(0), sampling_probability=0.4, num_groups=4)
+      >>> 50 < (~sampler.batch(0).is_padding_example).sum() < 150  # 100 expected of 250
+      np.True_
+    """
+
+    sampling_probability: float = 0.0
+    num_groups: int = 1
+    name: ClassVar[str] = "cyclic_poisson"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_probability(self.sampling_probability)
+        if not 1 <= self.num_groups <= self.population:
+            raise DpjaxError(
+                f"num_groups is {self.num_groups}; it must be between 1 and the "
+                f"{self.population} examples"
+            )
+
+    @property
+    def expected_batch_size(self) -> float:
+        return self.population * self.sampling_probability / self.num_groups
+
+    @property
+    def physical_batch_size(self) -> int:
+        largest = -(-self.population // self.num_groups)
+        tail = stats.binom.isf(_OVERFLOW_PROBABILITY, largest, self.sampling_probability)
+        return self._padded(min(int(tail), largest))
+
+    def batch(self, step: int) -> Batch:
+        """Rows of iteration ``step`` (int >= 0): shapes (physical_batch_size,)."""
+        # The order has a stream that no iteration draws from.
+        group = _group(self._bits(0, 1, self.population), step, self.num_groups)
+        chosen = _poisson_sample(self._bits(step, 0, len(group)), self.sampling_probability)
+        physical = self.physical_batch_size
+        while len(chosen) > physical:
+            physical *= 2
+        return self._batch(group[chosen], physical)
+
+    def dp_event(self, noise_multiplier: float) -> dp_accounting.DpEvent:
+        """Event of one round of all groups."""
+        return dp_accounting.PoissonSampledDpEvent(
+            self.sampling_probability, dp_accounting.GaussianDpEvent(noise_multiplier)
+        )
+
+    def num_events(self, iterations: int) -> int:
+        """How many of `dp_event` so many iterations cost: the turns of one example's group."""
+        return -(-iterations // self.num_groups)
+
+    neighboring_relations: ClassVar = (NeighboringRelation.REPLACE_SPECIAL,)
+
+
+def _group(bits: np.ndarray, step: int, num_groups: int) -> np.ndarray:
+    """The group of iteration ``step`` in an order drawn once: sorted int32 rows."""
+    order = np.argsort(bits, kind="stable").astype(np.int32)
+    return np.sort(np.array_split(order, num_groups)[step % num_groups])
+
+
+Sampler: TypeAlias = (
+    PoissonSampler
+    | TruncatedPoissonSampler
+    | FixedSizeSampler
+    | ShuffledSampler
+    | CyclicSampler
+    | CyclicPoissonSampler
+)
 
 SAMPLERS: dict[str, type[Sampler]] = {
     kind.name: kind
-    for kind in (PoissonSampler, TruncatedPoissonSampler, FixedSizeSampler, ShuffledSampler)
+    for kind in (
+        PoissonSampler,
+        TruncatedPoissonSampler,
+        FixedSizeSampler,
+        ShuffledSampler,
+        CyclicSampler,
+        CyclicPoissonSampler,
+    )
 }
 """Every sampler by its name, for configurations and ledgers."""
 
@@ -302,7 +468,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
 def composed_dp_event(
     sampler: Sampler, noise_multiplier: float, iterations: int
 ) -> dp_accounting.DpEvent:
-    """Event of ``iterations`` iterations of this sampler with this noise.
+    """Event of ``iterations`` iterations of this sampler with independent noise.
 
     Example:
       >>> import jax
@@ -310,9 +476,7 @@ def composed_dp_event(
       >>> composed_dp_event(sampler, 2.0, iterations=25)  # two and a half epochs cost three
       SelfComposedDpEvent(event=GaussianDpEvent(noise_multiplier=2.0), count=3)
     """
-    count = iterations
-    if isinstance(sampler, ShuffledSampler):
-        count = -(-iterations // sampler.batches_per_epoch)
+    count = sampler.num_events(iterations)
     if count == 0:
         return dp_accounting.NoOpDpEvent()
     return dp_accounting.SelfComposedDpEvent(sampler.dp_event(noise_multiplier), count)

@@ -256,7 +256,9 @@ def fit(
             (dataset.take(rows.indices), rows.is_padding_example), by_example
         )
         if ledger is not None and run is not None:
-            ledger.record_release(run, iteration, sampler, mechanism.noise_multiplier or 0.0)
+            ledger.record_release(
+                run, iteration, sampler, mechanism.noise_multiplier or 0.0, mechanism.strategy
+            )
         state, info = train_step(
             state,
             batch,

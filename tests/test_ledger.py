@@ -3,13 +3,17 @@
 import json
 import os
 
+import dp_accounting
 import jax
 import pytest
 
+from dpjax import accounting
 from dpjax import ledger as ledgers
+from dpjax.correlated_noise import CorrelatedNoise
 from dpjax.errors import DpjaxError
 from dpjax.ledger import Ledger, affordable_iterations
 from dpjax.mechanism import DPSGD
+from dpjax.strategies import Tree
 
 MECHANISM = DPSGD(1.0, 0.1, 20, noise_multiplier=1.5)
 SAMPLER = MECHANISM.sampler(1000, jax.random.key(0))
@@ -157,3 +161,63 @@ def test_a_run_ends_once(path):
         ledger.end_run(run, "completed")
         ledger.end_run(run, "completed")
         assert [r["kind"] for r in ledger.records] == ["run", "end"]
+
+
+CORRELATED = DPSGD(
+    1.0, 0.1, 20, noise_multiplier=1.5, sampling="cyclic", population=1000,
+    correlated_noise=CorrelatedNoise("banded", num_bands=3),
+)  # fmt: skip
+
+
+def correlated(ledger, run, iterations, mechanism=CORRELATED):
+    sampler = mechanism.sampler(1000, jax.random.key(0))
+    for i in range(iterations):
+        ledger.record_release(run, i, sampler, 1.5, mechanism.strategy)
+
+
+def test_a_run_with_correlated_noise_is_one_event(path):
+    with Ledger.open(path) as ledger:
+        run = ledger.start_run(CORRELATED, 1000, {})
+        correlated(ledger, run, 7)
+    with Ledger.open(path) as ledger:  # read back from the file alone
+        assert ledger.dp_event() == dp_accounting.GaussianDpEvent(1.5) == CORRELATED.dp_event
+        correlated(ledger, 0, 20)
+        assert ledger.dp_event() == dp_accounting.GaussianDpEvent(1.5)
+        second = ledger.start_run(CORRELATED, 1000, {})
+        correlated(ledger, second, 1)
+        two = dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(1.5), 2)
+        expected = accounting.epsilon(two, 1e-5)
+        assert ledger.epsilon(1e-5) == pytest.approx(expected)
+
+
+def test_correlated_noise_is_as_planned_or_not_recorded(path):
+    with Ledger.open(path) as ledger:
+        run = ledger.start_run(CORRELATED, 1000, {})
+        correlated(ledger, run, 2)
+        sampler = CORRELATED.sampler(1000, jax.random.key(0))
+        for noise_multiplier, strategy in (
+            (1.5, Tree(20)),
+            (1.5, None),
+            (1.4, CORRELATED.strategy),
+        ):
+            with pytest.raises(DpjaxError, match="its plan is"):
+                ledger.record_release(run, 2, sampler, noise_multiplier, strategy)
+        independent = ledger.start_run(MECHANISM, 1000, {})
+        with pytest.raises(DpjaxError, match="its plan is"):
+            ledger.record_release(independent, 0, SAMPLER, 1.5, CORRELATED.strategy)
+        correlated(ledger, run, 20)
+        with pytest.raises(DpjaxError, match="beyond the 20"):
+            ledger.record_release(run, 20, sampler, 1.5, CORRELATED.strategy)
+
+
+def test_a_budget_affords_all_of_a_correlated_run_or_nothing(path):
+    epsilon = CORRELATED.epsilon(1e-5)
+    with Ledger.open(path) as ledger:
+        first = ledger.start_run(CORRELATED, 1000, {})
+        given = (ledger, first, CORRELATED, 1000)
+        assert affordable_iterations(*given, 1.001 * epsilon, 1e-5) == 20
+        assert affordable_iterations(*given, 0.999 * epsilon, 1e-5) == 0
+        correlated(ledger, first, 1)
+        assert affordable_iterations(*given, 1.001 * epsilon, 1e-5) == 20  # its own are paid
+        second = ledger.start_run(CORRELATED, 1000, {})
+        assert affordable_iterations(ledger, second, *given[2:], 1.001 * epsilon, 1e-5) == 0

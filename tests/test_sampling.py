@@ -9,6 +9,8 @@ import pytest
 from dpjax import sampling
 from dpjax.errors import DpjaxError
 from dpjax.sampling import (
+    CyclicPoissonSampler,
+    CyclicSampler,
     FixedSizeSampler,
     PoissonSampler,
     ShuffledSampler,
@@ -125,6 +127,49 @@ def test_shuffled_epochs_are_partitions_in_new_orders():
     assert composed_dp_event(sampler, 2.0, 11).count == 3
 
 
+def test_cyclic_groups_are_a_partition_that_takes_turns():
+    sampler = CyclicSampler(23, KEY, 4, fixed_batch_size=5)
+    assert sampler.num_groups == 5 and sampler.expected_batch_size == 4.6
+    groups = [set(rows(sampler, step)) for step in range(15)]
+    assert sorted(i for group in groups[:5] for i in group) == list(range(23))
+    assert sorted(len(group) for group in groups[:5]) == [4, 4, 5, 5, 5]
+    assert groups[:5] == groups[5:10] == groups[10:]
+    assert {sampler.batch(step).indices.shape for step in range(5)} == {(8,)}
+    # Nobody's group is a matter of its place in the data.
+    assert groups[0] != {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("steps", [1, 5, 6, 11, 15])
+def test_cyclic_sampling_costs_one_event_for_each_participation(steps):
+    sampler = CyclicSampler(23, KEY, fixed_batch_size=5)
+    most = int(counts(sampler, steps).max())
+    assert composed_dp_event(sampler, 2.0, steps).count == most == sampler.num_events(steps)
+
+
+def test_cyclic_poisson_keeps_to_its_group_and_its_probability():
+    sampler = CyclicPoissonSampler(203, KEY, sampling_probability=0.3, num_groups=4)
+    steps = 480
+    taken = np.zeros((4, 203))
+    for step in range(steps):
+        taken[step % 4, rows(sampler, step)] += 1
+    home = taken.argmax(axis=0)
+    assert np.all(np.count_nonzero(taken, axis=0) == 1)  # never in another group's turn
+    assert sorted(np.bincount(home)) == [50, 51, 51, 51]
+    each = taken.sum(axis=0) / (steps / 4)
+    spread = np.sqrt(0.3 * 0.7 / (steps / 4))
+    assert np.abs(each - 0.3).max() < 4.5 * spread  # 203 examples
+    assert abs(each.mean() - 0.3) < 5 * spread / np.sqrt(203)
+    for wrong in (2 / 3, 3 / 2):
+        assert abs(each.mean() - 0.3 * wrong) > 15 * spread / np.sqrt(203)
+    assert 0.8 < each.std() / spread < 1.2
+    assert sampler.expected_batch_size == pytest.approx(203 * 0.3 / 4)
+    assert [sampler.num_events(n) for n in (0, 1, 4, 5, 9)] == [0, 1, 1, 2, 3]
+    sizes = {len(rows(sampler, step)) for step in range(40)}
+    assert len(sizes) > 5 and {len(sampler.batch(s).indices) for s in range(40)} == {
+        sampler.physical_batch_size
+    }
+
+
 @pytest.mark.parametrize(
     "sampler",
     [
@@ -132,6 +177,8 @@ def test_shuffled_epochs_are_partitions_in_new_orders():
         TruncatedPoissonSampler(90, KEY, sampling_probability=0.2, truncated_batch_size=20),
         FixedSizeSampler(90, KEY, fixed_batch_size=9),
         ShuffledSampler(90, KEY, fixed_batch_size=9),
+        CyclicSampler(90, KEY, fixed_batch_size=9),
+        CyclicPoissonSampler(90, KEY, sampling_probability=0.5, num_groups=4),
     ],
     ids=lambda s: s.name,
 )
@@ -159,6 +206,11 @@ class TestEverySampler:
         (lambda: PoissonSampler(9, KEY, sampling_probability=0.0), "sampling_probability is 0.0"),
         (lambda: PoissonSampler(9, KEY, sampling_probability=1.1), "sampling_probability is 1.1"),
         (lambda: FixedSizeSampler(9, KEY, fixed_batch_size=10), "fixed_batch_size is 10"),
+        (lambda: CyclicSampler(9, KEY, fixed_batch_size=0), "fixed_batch_size is 0"),
+        (
+            lambda: CyclicPoissonSampler(9, KEY, sampling_probability=0.1, num_groups=10),
+            "num_groups is 10",
+        ),
         (
             lambda: TruncatedPoissonSampler(9, KEY, sampling_probability=0.1),
             "truncated_batch_size is 0",

@@ -34,6 +34,8 @@ _SAMPLING = {
     "truncated_poisson": "truncated Poisson sampling",
     "fixed_size": "fixed-size sampling without replacement",
     "shuffled": "shuffled batches, no amplification by sampling claimed",
+    "cyclic": "groups of fixed members in turn, no amplification by sampling claimed",
+    "cyclic_poisson": "Poisson sampling within groups of fixed members, in turn",
 }
 
 
@@ -215,7 +217,7 @@ def _claim(inputs: CardInputs, evidence: Evidence, bounds: Bounds, total: Bounds
     )
     return {
         "mechanism": (
-            "DP-SGD: per-example clipping, Gaussian noise, " + _SAMPLING[mechanism.sampling]
+            f"DP-SGD: per-example clipping, {_noise(mechanism)}, {_SAMPLING[mechanism.sampling]}"
             if mechanism.is_private
             else "SGD without noise, " + _SAMPLING[mechanism.sampling]
         ),
@@ -436,13 +438,27 @@ def _training(inputs: CardInputs) -> dict[str, Any]:
             "physical": sampler.physical_batch_size,
             "realised": "not recorded: under Poisson sampling it is private",
         },
-        "strategy_matrix": "identity: independent noise in every iteration",
+        "strategy_matrix": _strategy_matrix(mechanism),
         "optimizer": inputs.optimizer,
         "target_epsilon": mechanism.target_epsilon,
         "target_delta": mechanism.target_delta,
         "cross_example_operations": "none: the loss sees one example at a time",
         "non_finite_gradients": "an example with a NaN or infinite gradient counts as removed",
     }
+
+
+def _noise(mechanism: Any) -> str:
+    return "Gaussian noise" if mechanism.strategy is None else "correlated Gaussian noise"
+
+
+def _strategy_matrix(mechanism: Any) -> str:
+    strategy = mechanism.strategy
+    if strategy is None:
+        return "identity: independent noise in every iteration"
+    return (
+        f"{strategy.kind}: noise correlated over {strategy.iterations} iterations; one example "
+        f"moves them by {mechanism.strategy_sensitivity:.4g} times the clipped gradient's bound"
+    )
 
 
 def _kind_of_clipping(mechanism: Any) -> str:

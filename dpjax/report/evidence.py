@@ -9,7 +9,8 @@ import numpy as np
 
 from dpjax import accounting
 from dpjax.errors import DpjaxError
-from dpjax.ledger import Ledger, describe_release
+from dpjax.ledger import Ledger, planned_release
+from dpjax.releases import num_events
 from dpjax.report.guarantees import (
     GroupGuarantee,
     group_guarantee,
@@ -18,7 +19,6 @@ from dpjax.report.guarantees import (
     true_positive_rate_bound,
 )
 from dpjax.report.inputs import CardInputs
-from dpjax.sampling import ShuffledSampler
 from dpjax.types import NeighboringRelation
 
 NO_GUARANTEE = "no formal guarantee"
@@ -76,10 +76,7 @@ class Bounds(NamedTuple):
 def examine(inputs: CardInputs) -> Evidence:
     """Compares the ledger's releases with the mechanism that the claim rests on."""
     mechanism, ledger = inputs.mechanism, inputs.ledger
-    assumed = describe_release(
-        mechanism.planned_sampler(inputs.dataset_size),
-        mechanism.noise_multiplier or 0.0,
-    )
+    assumed = planned_release(mechanism, inputs.dataset_size)
     plan = ledger.plan(inputs.run)["plan"]
     actual = ledger.releases(inputs.run)
     executed = sum(count for _, count in actual)
@@ -227,9 +224,9 @@ def _spent(inputs: CardInputs, evidence: Evidence) -> tuple[tuple[int, ...], tup
     spaced = steps * np.linspace(0.0, 1.0, _CURVE_POINTS) ** 2
     iterations = np.unique(np.round(spaced).astype(int))
     sampler = inputs.mechanism.planned_sampler(inputs.dataset_size)
-    counts = iterations
-    if isinstance(sampler, ShuffledSampler):  # one event is an epoch
-        counts = -(-iterations // sampler.batches_per_epoch)
+    strategy = inputs.mechanism.strategy
+    # One event may be an epoch, or with correlated noise the whole run.
+    counts = np.array([num_events(sampler, int(i), strategy) for i in iterations])
     values = accounting.epsilon_curve(
         sampler.dp_event(inputs.mechanism.noise_multiplier or 0.0),
         counts,

@@ -9,6 +9,7 @@ import pytest
 from report_runs import DELTA, POPULATION, card_of, forge, hazards, mechanism, trained
 
 from dpjax import accounting
+from dpjax.correlated_noise import CorrelatedNoise
 from dpjax.errors import DpjaxError
 from dpjax.ledger import Ledger
 from dpjax.report import validate_card
@@ -231,7 +232,7 @@ def test_truncated_poisson_pays_for_truncation(quick, folder):
     validate_card(card)
 
 
-@pytest.mark.parametrize("sampling", ["fixed_size", "shuffled"])
+@pytest.mark.parametrize("sampling", ["fixed_size", "shuffled", "cyclic"])
 def test_other_samplers(quick, folder, sampling):
     planned = mechanism(sampling=sampling)
     card = card_of(trained(folder / f"{sampling}.jsonl", planned), planned)
@@ -243,6 +244,33 @@ def test_other_samplers(quick, folder, sampling):
         assert card["claim"]["epsilon_pld"] is None
         assert "no bound known by PLD" in card["claim"]["epsilon_in_words"]
     validate_card(card)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "noise"),
+    [("cyclic", CorrelatedNoise("tree")), ("cyclic_poisson", CorrelatedNoise(num_bands=4))],
+)
+def test_correlated_noise(quick, folder, sampling, noise):
+    planned = mechanism(iterations=30, sampling=sampling, correlated_noise=noise)
+    path = folder / f"{sampling} correlated.jsonl"
+    with Ledger.open(path) as ledger:
+        run = ledger.start_run(planned, POPULATION, {})
+        sampler = planned.planned_sampler(POPULATION)
+        for i in range(30):
+            ledger.record_release(run, i, sampler, 2.0, planned.strategy)
+    card = card_of(path, planned)
+    assert card["accounting"]["match"] and card["accounting"]["dp_event"] == repr(planned.dp_event)
+    claim = card["claim"]
+    assert claim["epsilon_rdp"] == pytest.approx(planned.epsilon(DELTA))
+    spent = claim["epsilon_by_iteration"]["epsilon_rdp"]
+    assert spent[-1] == pytest.approx(planned.epsilon(DELTA))
+    if sampling == "cyclic":
+        assert spent[1] == spent[-1]  # the first iteration costs as much as all
+    assert "correlated Gaussian noise" in claim["mechanism"]
+    assert card["training"]["strategy_matrix"].startswith(planned.strategy.kind)
+    validate_card(card)
+    # The same iterations as if their noise were independent are another mechanism.
+    assert not card_of(path, mechanism(iterations=30))["accounting"]["match"]
 
 
 def test_profile_is_consistent(private_card):
