@@ -50,7 +50,9 @@ _PATTERNS = {
     "qwen2": _CONTRACTIONS + r"\p{N}" + _REST,
     "llama-bpe": _CONTRACTIONS + r"\p{N}{1,3}" + _REST,
 }
-_CONTROL = 3  # token_type of tokens that no text spells
+# Values of token_type; no text spells a control token.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_SPACE = "\u2581"
 
 
 def read_gguf(
@@ -213,43 +215,33 @@ def _shape(
 
 
 def _tokenizer(facts: _Facts) -> Tokenizer:
-    """Rebuilds a byte-level BPE from its vocabulary and merges."""
+    """Rebuilds a BPE, byte-level or SentencePiece's, from its vocabulary."""
     kind, cut = facts.need("tokenizer.ggml.model"), str(facts.get("tokenizer.ggml.pre", "gpt-2"))
     known = ("smollm", "gpt-2", "default", *_PATTERNS)
-    if kind != "gpt2" or cut not in known:
+    if kind != "llama" and (kind != "gpt2" or cut not in known):
         raise DpjaxError(
             f"{facts.path}: its tokenizer ({kind}, {cut}) is not rebuilt from GGUF files; "
-            f"supported: gpt2 with {', '.join(known)}; use the model's Hugging Face folder instead"
+            f"supported: llama, and gpt2 with {', '.join(known)}; use the model's Hugging Face "
+            "folder instead"
         )
     words = facts.need("tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ")) for merge in facts.need("tokenizer.ggml.merges")]
-    types = facts.get("tokenizer.ggml.token_type") or [1] * len(words)
-    bytes_ = tokenizers.pre_tokenizers.ByteLevel
+    types = facts.get("tokenizer.ggml.token_type") or [_NORMAL] * len(words)
     try:
-        backend = tokenizers.Tokenizer(
-            tokenizers.models.BPE(
-                vocab={word: index for index, word in enumerate(words)},
-                merges=merges,
-                ignore_merges=cut == "llama-bpe",
-            )
-        )
-        if cut in _PATTERNS:
-            split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_PATTERNS[cut]), "isolated")
-            parts = [split, bytes_(add_prefix_space=False, use_regex=False)]
-        elif cut == "smollm":
-            digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
-            parts = [digits, bytes_(add_prefix_space=False)]
+        if kind == "llama":
+            scores = facts.need("tokenizer.ggml.scores")
+            prefix = bool(facts.get("tokenizer.ggml.add_space_prefix", True))
+            backend = _sentence_pieces(words, scores, types, prefix)
         else:
-            parts = [bytes_(add_prefix_space=False)]
+            merges = [tuple(merge.split(" ")) for merge in facts.need("tokenizer.ggml.merges")]
+            backend = _byte_level(words, merges, cut)
+        control = [word for word, of in zip(words, types, strict=True) if of == _CONTROL]
+    except DpjaxError:
+        raise
+    # The backend reports a bad vocabulary as a bare Exception, so nothing narrower catches it.
     except Exception as error:
         raise DpjaxError(
             f"{facts.path}: its tokenizer is broken ({error}); fetch it again"
         ) from None
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(parts)
-    if cut == "qwen2":
-        backend.normalizer = tokenizers.normalizers.NFC()
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    control = [word for word, of in zip(words, types, strict=True) if of == _CONTROL]
     backend.add_special_tokens([tokenizers.AddedToken(w, normalized=False) for w in control])
     return pretrained_tokenizer(
         backend,
@@ -259,3 +251,68 @@ def _tokenizer(facts: _Facts) -> Tokenizer:
         chat_template=facts.get("tokenizer.chat_template"),
         where=str(facts.path),
     )
+
+
+def _byte_level(words: list[str], merges: list[tuple[str, ...]], cut: str) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab={word: index for index, word in enumerate(words)},
+            merges=merges,
+            ignore_merges=cut == "llama-bpe",
+        )
+    )
+    bytes_ = tokenizers.pre_tokenizers.ByteLevel
+    if cut in _PATTERNS:
+        split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_PATTERNS[cut]), "isolated")
+        parts = [split, bytes_(add_prefix_space=False, use_regex=False)]
+    elif cut == "smollm":
+        digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+        parts = [digits, bytes_(add_prefix_space=False)]
+    else:
+        parts = [bytes_(add_prefix_space=False)]
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(parts)
+    if cut == "qwen2":
+        backend.normalizer = tokenizers.normalizers.NFC()
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return backend
+
+
+def _sentence_pieces(
+    words: list[str], scores: list[float], types: list[int], prefix: bool
+) -> tokenizers.Tokenizer:
+    """The BPE of Llama 2 and Gemma: the pair whose piece has the best score is joined first.
+
+    There is no list of merges: every way to cut a piece in two is one. Spaces are "\u2581", and
+    what no piece spells is spelled in bytes.
+    """
+    kinds = list(zip(words, scores, types, strict=True))
+    normal = {word: score for word, score, of in kinds if of == _NORMAL}
+    merges = [
+        (word[:at], word[at:])
+        for word in sorted(normal, key=lambda word: -normal[word])
+        for at in range(1, len(word))
+        if word[:at] in normal and word[at:] in normal
+    ]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab={word: index for index, word in enumerate(words)},
+            merges=merges,
+            unk_token=next((word for word, _, of in kinds if of == _UNKNOWN), None),
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    space = [tokenizers.normalizers.Replace(" ", _SPACE)]
+    first = [tokenizers.normalizers.Prepend(_SPACE)] if prefix else []
+    backend.normalizer = tokenizers.normalizers.Sequence([*first, *space])
+    parts = [
+        tokenizers.decoders.Replace(_SPACE, " "),
+        tokenizers.decoders.ByteFallback(),
+        tokenizers.decoders.Fuse(),
+        *([tokenizers.decoders.Strip(" ", 1, 0)] if prefix else []),
+    ]
+    backend.decoder = tokenizers.decoders.Sequence(parts)
+    # Pieces of their own (Gemma: runs of line breaks) are found before anything is joined.
+    own = [word for word, _, of in kinds if of == _USER_DEFINED]
+    backend.add_tokens([tokenizers.AddedToken(w, normalized=not prefix) for w in own])
+    return backend

