@@ -32,6 +32,7 @@ from dpjax.federated.distributed_privacy import (
     DistributedServer,
     distributed,
 )
+from dpjax.federated.dp_ftrl import dp_ftrl
 from dpjax.federated.fed_avg import fed_avg
 from dpjax.federated.fed_nova import fed_nova
 from dpjax.federated.fed_prox import fed_prox
@@ -63,6 +64,7 @@ from dpjax.federated.round import (
     client_mesh,
     init_federated,
     run_round,
+    tune_clients_per_step,
 )
 from dpjax.federated.scaffold import scaffold
 from dpjax.federated.training import FederatedTrainState, LocalWork, fit, init_training
@@ -96,6 +98,7 @@ __all__ = [
     "coordinate_median",
     "difference",
     "distributed",
+    "dp_ftrl",
     "example_weight",
     "fed_avg",
     "fed_nova",
@@ -132,6 +135,7 @@ __all__ = [
     "top_k",
     "top_k_bytes",
     "trimmed_mean",
+    "tune_clients_per_step",
     "unpack_update",
     "with_aggregator",
 ]
