@@ -25,7 +25,7 @@ from dpjax.federated.secure_session import (
     add_masks,
     commitment_to,
     derive,
-    exchange,
+    exchanger,
     is_signed,
     new_private_key,
     pair_label,
@@ -66,6 +66,7 @@ class SecureClient:
         self._identity = identity
         self._step = 0
         self._encryption_key, self._mask_key = new_private_key(), new_private_key()
+        self._exchange = exchanger(self._encryption_key)
         self._seed = secrets.token_bytes(32)
         self._peers: dict[int, Keys] = {}
         self._roster = b""
@@ -133,7 +134,8 @@ class SecureClient:
                 f"uint32[{session.length}]: encode updates with fixed_point and to_vector"
             )
         masks = [(self_mask_key(session, self._seed), 1)]
-        masks += [pairwise_mask(session, self._mask_key, me, self._peers[c]) for c in sealed]
+        exchange = exchanger(self._mask_key)
+        masks += [pairwise_mask(session, exchange, me, self._peers[c]) for c in sealed]
         masked = vector.copy()
         add_masks(masked, masks)
         self._sealed, self._step = sealed, 3
@@ -204,7 +206,7 @@ class SecureClient:
 
     def _sealing_key(self, peer: Keys, sender: int, receiver: int) -> bytes:
         return derive(
-            exchange(self._encryption_key, peer.encryption_key),
+            self._exchange(peer.encryption_key),
             b"seal" + pair_label(self._session, sender, receiver),
             32,
         )

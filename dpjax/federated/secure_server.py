@@ -21,7 +21,7 @@ from dpjax.federated.secure_session import (
     SecureSession,
     add_masks,
     commitment_to,
-    exchange,
+    exchanger,
     is_signed,
     new_private_key,
     pairwise_mask,
@@ -49,6 +49,7 @@ class SecureServer:
 
     def __init__(self, session: SecureSession):
         self.session, self.step, self.rejections = session, "keys", Rejections()
+        self._probe = exchanger(new_private_key())  # finds weak keys, and is good for nothing else
         self._keys: dict[int, Keys] = {}
         self._inboxes: dict[int, dict[int, bytes]] = {}
         self._roster = b""
@@ -157,7 +158,7 @@ class SecureServer:
         try:
             # A point of low order gives every peer the same known secret; peers would stop.
             for key in (message.encryption_key, message.mask_key):
-                exchange(new_private_key(), key)
+                self._probe(key)
         except DpjaxError:
             return Rejection("malformed", f"client {who} sent a weak key")
         self._keys[who] = message
@@ -227,7 +228,8 @@ class SecureServer:
                     f"shares of client {c}'s mask key are wrong; begin another session"
                 )
             # What each survivor added for the missing one: the mirror image of its own.
-            masks += [pairwise_mask(session, secret, c, self._keys[v]) for v in told.survivors]
+            exchange = exchanger(secret)
+            masks += [pairwise_mask(session, exchange, c, self._keys[v]) for v in told.survivors]
         total = self._sum.copy()
         add_masks(total, masks)
         return total

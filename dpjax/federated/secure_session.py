@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import secrets
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 from jaxtyping import UInt32
@@ -154,14 +154,18 @@ def public_key(private: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
-def exchange(private: bytes, public: bytes) -> bytes:
-    """The secret that two key pairs share; an error for a key of low order, which gives anybody the
-    same."""
-    try:
-        own = X25519PrivateKey.from_private_bytes(private)
-        return own.exchange(X25519PublicKey.from_public_bytes(public))
-    except ValueError as error:
-        raise DpjaxError("a public key is weak; the client that sent it is not honest") from error
+def exchanger(private: bytes) -> Callable[[bytes], bytes]:
+    """From a public key to the secret that both key pairs share; an error for a key of low order,
+    which gives anybody the same."""
+    own = X25519PrivateKey.from_private_bytes(private)  # slow: once for all peers
+
+    def exchange(public: bytes) -> bytes:
+        try:
+            return own.exchange(X25519PublicKey.from_public_bytes(public))
+        except ValueError as error:
+            raise DpjaxError("a public key is weak: its owner is not honest") from error
+
+    return exchange
 
 
 def derive(secret: bytes, info: bytes, length: int) -> bytes:
@@ -179,10 +183,12 @@ def self_mask_key(session: SecureSession, seed: bytes) -> bytes:
     return derive(seed, b"self" + session.id, 16)
 
 
-def pairwise_mask(session: SecureSession, key: bytes, owner: int, peer: Keys) -> tuple[bytes, int]:
+def pairwise_mask(
+    session: SecureSession, exchange: Callable[[bytes], bytes], owner: int, peer: Keys
+) -> tuple[bytes, int]:
     """The key of a pair, and whether its ``owner`` adds it: the smaller number does."""
     low, high = sorted((owner, peer.sender))
-    shared = exchange(key, peer.mask_key)
+    shared = exchange(peer.mask_key)
     return derive(shared, b"pair" + pair_label(session, low, high), 16), 1 if owner == low else -1
 
 

@@ -12,12 +12,15 @@ import scipy.stats
 from dpjax import DPSGD
 from dpjax.errors import DpjaxError
 from dpjax.federated import (
+    Clients,
     coordinate_median,
     fed_avg,
+    init_federated,
     krum,
     norm_bounded,
     private,
     robust,
+    run_round,
     trimmed_mean,
 )
 
@@ -142,6 +145,32 @@ def test_norm_bound_limits_the_influence_of_one():
         after = as_row(combine(as_tree(rows), jnp.ones(SLOTS)))
         assert 0 < np.linalg.norm(after - before) <= 2 / SLOTS + 1e-6
         assert np.isfinite(after).all()
+
+
+def test_rounds_survive_attackers_with_a_robust_aggregator():
+    """Ten clients fit a mean of 1; two hold data that pull to -200. Padding clients are absent."""
+    rng = np.random.default_rng(3)
+    x = (1 + 0.2 * rng.normal(size=(20, 3))).astype(np.float32)
+    x[:4] = -200
+    people = Clients({"x": x}, tuple(np.arange(20).reshape(10, 2)), tuple("abcdefghij"))
+    plain = fed_avg(lambda w, e: jnp.sum((w - e["x"]) ** 2), optax.sgd(0.25))
+    cohort = people.cohort(range(10), jax.random.key(0), batch_size=2)
+    errors = {}
+    for name, algorithm in {
+        "mean": plain,
+        "median": robust(plain, coordinate_median()),
+        "trimmed": robust(plain, trimmed_mean(0.2)),
+        "krum": robust(plain, krum(2, multi=6)),
+        "norm": robust(plain, norm_bounded(2.0)),
+    }.items():
+        state = init_federated(algorithm, jnp.zeros(3), 10)
+        for _ in range(6):
+            state, info = run_round(algorithm, state, cohort, jax.random.key(1), engine="jit")
+        errors[name] = float(jnp.abs(state.params - 1).max())
+        assert int(info.sensitive_num_clients) == 10
+    assert errors["mean"] > 30
+    assert max(errors["median"], errors["trimmed"], errors["krum"]) < 0.25, errors
+    assert errors["norm"] < 1.0, errors
 
 
 def test_refusals():
