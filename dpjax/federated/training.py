@@ -1,7 +1,7 @@
 """The loop over rounds: the mechanism's cohorts, the ledger before each release, one state."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -80,7 +80,7 @@ def fit(
     max_iterations: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     engine: Engine = "shard_map",
-    clients_per_step: int = 1,
+    clients_per_step: int | Literal["auto"] = "auto",
 ) -> Iterator[tuple[FederatedTrainState, RoundInfo]]:
     """Runs rounds from ``state.iteration`` to the planned end, yielding after every one.
 
@@ -140,6 +140,7 @@ def fit(
             epochs=local.epochs,
             max_steps=local.max_steps,
             num_shards=num_shards,
+            cohort_size=len(rows.indices),  # the sampler's physical one: few shapes to compile
         )
         if ledger is not None and run is not None:
             ledger.record_release(run, number, sampler, mechanism.noise_multiplier or 0.0)

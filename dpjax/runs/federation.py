@@ -146,8 +146,8 @@ class FederateConfig:
     """Devices over which clients are shared out."""
     engine: Literal["shard_map", "pmap", "jit"] = "shard_map"
     """How; all give the same numbers."""
-    clients_per_step: int = 1
-    """Clients that a device trains side by side; more than 1 pays on accelerators."""
+    clients_per_step: int | Literal["auto"] = "auto"
+    """Clients that a device trains side by side: 1 is best on CPUs, more on accelerators."""
 
     seed: int | None = None
     """Fixes all randomness, for research: a known seed means no guarantee in the real world."""
