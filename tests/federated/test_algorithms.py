@@ -1,15 +1,16 @@
 """Every algorithm against a float64 loop, over several rounds of ragged and empty clients."""
 
+import federated_reference as reference
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import federated_reference as reference
 
-from dpjax import DPSGD, DpjaxError
+from dpjax import DPSGD, CorrelatedNoise, DpjaxError
 from dpjax.federated import (
     Clients,
+    dp_ftrl,
     fed_avg,
     fed_nova,
     fed_prox,
@@ -20,8 +21,10 @@ from dpjax.federated import (
     personalised,
     plain,
     private,
+    quantised,
     run_round,
     scaffold,
+    top_k,
     with_aggregator,
 )
 
@@ -211,15 +214,24 @@ ALGORITHMS = {
     "private scaffold": lambda n: private(
         scaffold(loss_fn, RATE, n), without_noise(n), jax.random.key(0)
     ),
+    "dp_ftrl": lambda n: dp_ftrl(
+        loss_fn, optax.sgd(RATE), without_noise(n, CorrelatedNoise("tree")), jax.random.key(0)
+    ),
     "plain": lambda n: with_aggregator(fed_avg(loss_fn, optax.sgd(RATE)), plain()),
+    "quantised": lambda n: quantised(fed_avg(loss_fn, optax.sgd(RATE)), bits=8),
+    "top_k": lambda n: top_k(fed_avg(loss_fn, optax.sgd(RATE)), share=0.5),
     "fixed_point": lambda n: with_aggregator(
         scaffold(loss_fn, RATE, n), fixed_point(8.0, max_clients=n), max_weight=1
     ),
 }
 
 
-def without_noise(population):
-    return DPSGD(0.1, 0.5, 9, noise_multiplier=0.0, population=population, normalize_by=3.0)
+def without_noise(population, correlated_noise=None):
+    return DPSGD(
+        0.1, 0.5, 9, noise_multiplier=0.0, population=population, normalize_by=3.0,
+        sampling="poisson" if correlated_noise is None else "cyclic",
+        correlated_noise=correlated_noise,
+    )  # fmt: skip
 
 
 def numbers(state):
