@@ -11,6 +11,7 @@ import optax
 
 from dpjax import accounting
 from dpjax.adaptive import AdaptiveClipping
+from dpjax.correlated_noise import CorrelatedNoise
 from dpjax.errors import DpjaxError
 from dpjax.mechanism import DPSGD, Sampling
 from dpjax.models import LoRA, Tuning, is_pretrained_source
@@ -92,6 +93,9 @@ class TrainConfig:
     """How batches are drawn; each way has its own accounting."""
     truncated_batch_size: int | None = None
     """Cap for truncated_poisson sampling."""
+    correlated_noise: Literal["banded", "tree", "blt"] | None = None
+    """Noise that later iterations partly take back; with --sampling cyclic, which nobody has to
+    keep secret."""
     accountant: accounting.Accountant = "rdp"
     """Accountant that calibrates the noise; reports state both."""
     ledger: str | None = None
@@ -230,6 +234,9 @@ def make_mechanism(
         sampling=config.sampling,
         population=population,
         truncated_batch_size=config.truncated_batch_size,
+        correlated_noise=(
+            None if config.correlated_noise is None else CorrelatedNoise(config.correlated_noise)
+        ),
         normalize_by=float(batch),
         microbatch_size=min(config.microbatch_size, batch),
         accountant=config.accountant,

@@ -132,6 +132,11 @@ class FederateConfig:
     """Largest L2 norm of what one client sends."""
     adaptive_quantile: float | None = None
     """Let the clip norm follow this quantile of the norms, e.g. 0.5, for 1% of the budget."""
+    sampling: Literal["poisson", "cyclic"] = "poisson"
+    """How cohorts are drawn: at random, which must stay secret, or in a fixed order."""
+    correlated_noise: Literal["banded", "tree", "blt"] | None = None
+    """Noise that later rounds partly take back; with --sampling cyclic (DP-FTRL is fed_avg with
+    "tree" and a momentum)."""
     accountant: accounting.Accountant = "rdp"
     """Accountant that calibrates the noise; reports state both."""
     imagined_cohort: int | None = None
