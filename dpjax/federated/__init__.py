@@ -33,6 +33,7 @@ from dpjax.federated.distributed_privacy import (
     distributed,
 )
 from dpjax.federated.dp_ftrl import dp_ftrl
+from dpjax.federated.exact_lora import exact_lora, with_kernels
 from dpjax.federated.fed_avg import fed_avg
 from dpjax.federated.fed_nova import fed_nova
 from dpjax.federated.fed_prox import fed_prox
@@ -100,6 +101,7 @@ __all__ = [
     "distributed",
     "dp_ftrl",
     "example_weight",
+    "exact_lora",
     "fed_avg",
     "fed_nova",
     "fed_prox",
@@ -138,4 +140,5 @@ __all__ = [
     "tune_clients_per_step",
     "unpack_update",
     "with_aggregator",
+    "with_kernels",
 ]

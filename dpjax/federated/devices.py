@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpjax.errors import DpjaxError
@@ -60,10 +61,13 @@ def cohort_on_devices(cohort: Cohort, mesh: jax.sharding.Mesh) -> tuple[jax.shar
         rows = np.moveaxis(mesh.devices, mesh.axis_names.index(AXIS), 0).reshape(places, -1)
         own = [{d.process_index for d in row} == {jax.process_index()} for row in rows]
         here = sum(own)
-        multihost_utils.assert_equal(
-            np.array([x.shape[1:3] for x in (cohort.batches, cohort.client[..., None])]),
-            "processes have cohorts of different shapes: give Clients.cohort one shape",
-        )
+        own_shapes = np.array([jnp.shape(x)[1] for x in jax.tree.leaves(cohort)])
+        shapes = multihost_utils.process_allgather(own_shapes)
+        if np.any(shapes != own_shapes):
+            raise DpjaxError(
+                "processes have cohorts of different shapes; give Clients.cohort a shape that all "
+                "agreed on"
+            )
     if shards != here:
         raise DpjaxError(
             f"the cohort has {shards} shards and the mesh {dict(mesh.shape)}; it must have as many "
@@ -88,12 +92,14 @@ def state_on_devices(
     """State and key where the round wants them; costs nothing where they lie there already."""
     leaves, structure = jax.tree.flatten(state.server)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    rest = (state.clients, state.round, key)
-    if jax.process_count() > 1:
-        # Each process has the whole of what is not sharded yet.
-        leaves, rest = jax.tree.map(_to_host, (leaves, rest))
-    server = jax.tree.unflatten(structure, jax.device_put(leaves, list(shardings)))
-    clients, number, key = jax.device_put(rest, everywhere)
+    rest, kind = jax.tree.flatten((state.clients, state.round, key))
+    if jax.process_count() == 1:
+        leaves, rest = jax.device_put((leaves, rest), (list(shardings), everywhere))
+    else:
+        leaves = [_to_all(x, where) for x, where in zip(leaves, shardings, strict=True)]
+        rest = [_to_all(x, everywhere) for x in rest]
+    clients, number, key = jax.tree.unflatten(kind, rest)
+    server = jax.tree.unflatten(structure, leaves)
     return state._replace(server=server, clients=clients, round=number), key
 
 
@@ -105,7 +111,11 @@ def _sharding(x: Any, mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
     return jax.sharding.NamedSharding(mesh, spec)
 
 
-def _to_host(x: Any) -> Any:
-    if isinstance(x, jax.Array) and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return np.asarray(x) if x.is_fully_addressable else x
-    return x
+def _to_all(x: Any, sharding: jax.sharding.NamedSharding) -> Any:
+    """What each process has whole, as one array of all of them."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = jax.device_put(np.asarray(jax.random.key_data(x)), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    return jax.device_put(np.asarray(x), sharding)

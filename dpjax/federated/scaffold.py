@@ -51,7 +51,8 @@ def scaffold(
     optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
 
     def init(params):
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        # Like the parameters, they may be sharded.
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
         return ScaffoldState(params, optimizer.init(params), zeros), zeros
 
     def local_update(server, client, data, key):
