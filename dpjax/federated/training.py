@@ -143,7 +143,9 @@ def fit(
             cohort_size=len(rows.indices),  # the sampler's physical one: few shapes to compile
         )
         if ledger is not None and run is not None:
-            ledger.record_release(run, number, sampler, mechanism.noise_multiplier or 0.0)
+            ledger.record_release(
+                run, number, sampler, mechanism.noise_multiplier or 0.0, mechanism.strategy
+            )
         federated, info = run_round(
             algorithm,
             state.federated,

@@ -6,8 +6,16 @@ import numpy as np
 import optax
 import pytest
 
-from dpjax import DPSGD, CorrelatedNoise, DpjaxError
-from dpjax.federated import Clients, dp_ftrl, init_federated, run_round, sample_cohort
+from dpjax import DPSGD, CorrelatedNoise, DpjaxError, Ledger
+from dpjax.federated import (
+    Clients,
+    dp_ftrl,
+    fit,
+    init_federated,
+    init_training,
+    run_round,
+    sample_cohort,
+)
 from dpjax.noise import gaussian_noise_like
 
 POPULATION, COHORT, ROUNDS, CLIP = 9, 3, 7, 0.8
@@ -104,6 +112,18 @@ def test_it_goes_on_bitwise_and_ends_with_its_plan(noise):
     cohort = PEOPLE.cohort([0, 1, 2], jax.random.key(2), batch_size=None)
     beyond, _ = run_round(algorithm, whole, cohort, jax.random.key(3), engine="jit")
     assert np.all(np.isnan(beyond.params))
+
+
+def test_the_federated_loop_records_one_event(tmp_path):
+    mechanism = plan(CorrelatedNoise("tree"))
+    algorithm = algorithm_of(mechanism)
+    start = init_training(algorithm, jnp.zeros(4), POPULATION, jax.random.key(5))
+    with Ledger.open(tmp_path / "ledger.jsonl") as ledger:
+        run = ledger.start_run(mechanism, POPULATION, {})
+        for state, _ in fit(start, algorithm, mechanism, PEOPLE, ledger=ledger, run=run):
+            assert ledger.dp_event() == mechanism.dp_event
+        assert int(state.iteration) == ROUNDS and len(ledger.releases(run)) == 1
+        assert ledger.epsilon(1e-3) == pytest.approx(mechanism.epsilon(1e-3))
 
 
 def test_impossible_settings_are_refused():
