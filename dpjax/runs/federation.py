@@ -28,6 +28,7 @@ from dpjax.federated import (
     LocalWork,
     Simulated,
     client_mesh,
+    exact_lora,
     fed_avg,
     fed_nova,
     fed_prox,
@@ -40,11 +41,12 @@ from dpjax.federated import (
     scaffold,
     scaled_to_cohort,
     with_aggregator,
+    with_kernels,
 )
 from dpjax.mechanism import DPSGD
 from dpjax.models import LoRA, Tuning
-from dpjax.runs.config import TrainConfig, default_delta
-from dpjax.runs.sources import BUNDLED, make_datasets, read_records
+from dpjax.runs.config import TrainConfig, default_delta, tuning_of
+from dpjax.runs.sources import BUNDLED, Start, make_datasets, read_records
 from dpjax.types import LossFn, RandomKey
 
 Name = Literal[
@@ -101,7 +103,10 @@ class FederateConfig:
     tuning: Literal["auto"] | Tuning = "auto"
     """What is trained and sent: all ("full"), adapters ("lora"), the last layers, or biases."""
     lora: LoRA = dataclasses.field(default_factory=LoRA)
-    """Low-rank adapters, for --tuning lora. Their matrices are averaged one by one."""
+    """Low-rank adapters, for --tuning lora; their matrices are averaged one by one."""
+    exact_lora: bool = False
+    """Average the adapters' products instead, as the mean of the clients' models is; a client then
+    sends as much as the adapted matrices hold. With --algorithm fed_avg."""
 
     algorithm: Name = "fed_avg"
     """How clients and server learn."""
@@ -291,6 +296,23 @@ def make_federation(config: FederateConfig, people: UserDataset) -> Federation:
     )
 
 
+def with_federated_part(config: FederateConfig, point: Start) -> Start:
+    """The starting point, with the adapted matrices among the server's parameters if need be.
+
+    Raises:
+      DpjaxError: exact adapters without adapters, or with another algorithm.
+    """
+    if not config.exact_lora:
+        return point
+    if tuning_of(base_config(config)) != "lora" or config.algorithm != "fed_avg":
+        raise DpjaxError(
+            f"exact_lora is given with tuning {config.tuning!r} and algorithm {config.algorithm!r};"
+            " it is for --tuning lora with --algorithm fed_avg"
+        )
+    trainable, frozen = with_kernels(point.trainable, point.frozen)
+    return point._replace(trainable=trainable, frozen=frozen)
+
+
 def make_algorithm(
     config: FederateConfig,
     mechanism: DPSGD,
@@ -312,7 +334,9 @@ def make_algorithm(
         "fed_avg_momentum": optax.sgd(rate, momentum=0.9),
     }
     server = servers.get(config.algorithm, optax.sgd(rate))
-    if config.algorithm == "fed_prox":
+    if config.exact_lora:
+        algorithm = exact_lora(loss_fn, client, config.lora.scaling, uniform_weights=uniform)
+    elif config.algorithm == "fed_prox":
         algorithm = fed_prox(
             loss_fn, client, server, proximal=config.proximal, uniform_weights=uniform
         )

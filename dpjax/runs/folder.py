@@ -44,6 +44,7 @@ from dpjax.runs.federation import (
     federate_config_from_dict,
     make_federation,
     simulate_cohort,
+    with_federated_part,
 )
 from dpjax.runs.sources import Start, make_datasets, starting_point
 
@@ -129,6 +130,8 @@ def open_run(
         raise DpjaxError(f"checkpoint_every is {config.checkpoint_every}; use at least 1")
     # Public randomness: where parameters begin must not need the secret key.
     point = starting_point(config, fresh_key(0 if config.seed is None else config.seed))
+    if federated is not None:
+        point = with_federated_part(federated, point)
     start = point.model
     federation = None
     if federated is None:

@@ -12,7 +12,7 @@ from dpjax.checkpoint import digest
 from dpjax.data import byte_tokenizer
 from dpjax.errors import DpjaxError
 from dpjax.ledger import Ledger
-from dpjax.models import DecoderConfig, init_params
+from dpjax.models import DecoderConfig, LoRA, combine, init_params
 from dpjax.report import read_card
 from dpjax.runs.commands import describe, drive
 from dpjax.runs.execute import execute
@@ -128,6 +128,7 @@ def test_a_run_on_other_settings_is_not_resumed(finished, tmp_path):
         ({"partition": "iid"}, "num_clients"),
         ({"partition": "dirichlet", "num_clients": 4}, "label_field"),
         ({"devices": 512}, "512"),
+        ({"exact_lora": True}, "exact_lora"),
         ({"local_batch_size": 0}, "local_batch_size is 0"),
         ({"imagined_cohort": 2}, "imagined_cohort is 2"),
     ],
@@ -175,3 +176,21 @@ def test_fixed_point_sums_train_like_floats(config, tmp_path):
     differences = jax.tree.map(lambda a, b: float(abs(a - b).max()), *ends)
     largest = max(jax.tree.leaves(differences))
     assert 0 < largest < 1e-6
+
+
+def test_federated_lora_releases_a_whole_model(config, tmp_path):
+    """Exact adapters: the adapted matrices move on the server, and the rest stays."""
+    run = opened(
+        dataclasses.replace(
+            config, output=str(tmp_path / "lora"), tuning="lora", lora=LoRA(2), exact_lora=True,
+            algorithm="fed_avg", iterations=2, adaptive_quantile=None,
+        )
+    )  # fmt: skip
+    create(run)
+    state = whole_state(run)
+    before = combine(run.point.trainable, run.point.frozen)
+    after = combine(state.params, run.point.frozen)
+    attention = "blocks", 0, "attention", "query"
+    for name in attention:
+        before, after = before[name], after[name]
+    assert all(bool((before[n] != after[n]).any()) for n in ("kernel", "lora_a", "lora_b"))
