@@ -78,6 +78,11 @@ def test_near_duplicates_are_verified():
     # One changed word is in 3 of 58 shingles on either side.
     assert all(f.similarity == pytest.approx(55 / 61) for f in found)
     assert near_duplicates([""], ["", "a b c"]) == []
+    # By single words, order does not count; by pairs "a b c d" and "d a b c" share 2 of 4.
+    for size, similarity in ((1, 1.0), (2, 0.5)):
+        settings = {"threshold": 0.4, "shingle_words": size, "num_permutations": 256}
+        (swapped,) = near_duplicates(["d a b c"], ["x y", "a b c d"], **settings)
+        assert (swapped.document, swapped.similarity) == (1, similarity)
     # Raising the bar past the similarity finds none, though the sketch still proposes them.
     assert near_duplicates(copied, corpus, threshold=0.95) == []
 

@@ -127,6 +127,13 @@ def test_a_model_that_memorised_is_seen_through(plain):
     assert one_run["method"] == "one_run" and one_run["num_guesses"] == 50
     assert one_run["num_correct"] >= 47 and 1.2 < one_run["epsilon_lower"] < one_run["ceiling"]
     assert audit["claimed_epsilon"] is None and audit["verdict"] == "not falsified"
+    (attack,) = audit["attacks"]
+    assert attack["num_members"] + attack["num_non_members"] == 100
+    area = attack["metrics"][0]
+    assert (
+        area["metric"] == "auc" and area["low"] > 0.9 and "start model" in attack["assumptions"][0]
+    )
+    assert "start model" in (plain / "report.html").read_text()
     assert "Audit: not falsified" in (plain / "report.html").read_text()
     # Revealed once, after the end; again with the same coins.
     after = [json.loads(line) for line in ledger.read_text().splitlines()]
@@ -147,6 +154,8 @@ def test_the_same_run_with_noise_stays_below_its_claim(records, tmp_path):
     audit = done.card["audit"]
     assert audit["verdict"] == "not falsified"
     assert audit["epsilon_lower"] < audit["claimed_epsilon"]
+    area = audit["attacks"][0]["metrics"][0]
+    assert area["low"] < 0.6 and area["high"] > 0.4
     assert {b["method"] for b in audit["bounds"]} == {
         "one_run", "one_run_fdp_gaussian", "one_run_fdp_profile", "gaussian_dp"
     }  # fmt: skip
