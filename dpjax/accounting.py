@@ -179,7 +179,23 @@ def _compose_afresh(
             f"the {accountant} accountant has no proven bound for {kind}; "
             "use the other accountant or another sampler"
         )
+    if accountant == "pld" and _is_hopeless(dp_event, neighboring_relation):
+        raise DpjaxError(
+            f"epsilon is above {_LARGEST_PLD:g} by RDP, where PLD takes minutes to say as much; "
+            "use more noise, or the rdp accountant"
+        )
     return made.compose(dp_event)
+
+
+_LARGEST_PLD = 500.0
+
+
+def _is_hopeless(dp_event: dp_accounting.DpEvent, relation: NeighboringRelation) -> bool:
+    """Whether the privacy loss is so large that its distribution has no sensible grid."""
+    plain = untruncate(dp_event)[0]
+    if not rdp.RdpAccountant(neighboring_relation=relation).supports(plain):
+        return False
+    return _LARGEST_PLD < epsilon(plain, 1e-5, "rdp", relation) < math.inf
 
 
 def _quiet(function: Callable[[], Any]) -> Any:
@@ -297,6 +313,10 @@ def calibrate_noise_multiplier(
 
     def excess(noise_multiplier: float) -> float:
         event = make_dp_event(noise_multiplier)
+        if accountant == "pld" and _is_hopeless(
+            event, as_neighboring_relation(neighboring_relation)
+        ):
+            return math.inf
         return epsilon(event, target_delta, accountant, neighboring_relation) - target_epsilon
 
     low, high = 0.0, 1.0

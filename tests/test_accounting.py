@@ -157,6 +157,16 @@ def test_calibration_is_private_and_tight(accountant):
     assert epsilon(poisson(noise * 0.995, 0.02, 300), 1e-5, accountant) > 3.0
 
 
+def test_a_numerical_bound_without_a_sensible_grid_is_refused_at_once():
+    """Of noise this small PLD would take minutes; calibration must not try it either."""
+    event = DPSGD(1.0, 0.3, 4, noise_multiplier=0.005).dp_event
+    assert epsilon(event, 1e-3) > 1e5
+    with pytest.raises(DpjaxError, match="above 500 by RDP"):
+        epsilon(event, 1e-3, "pld")
+    noise = DPSGD(1.0, 0.3, 4, target_epsilon=40.0, target_delta=1e-3, accountant="pld")
+    assert 0.1 < noise.noise_multiplier < 0.5
+
+
 def test_calibrated_iterations_are_the_last_that_fit():
     count = calibrate_iterations(lambda n: poisson(1.0, 0.02, n), 2.0, 1e-5)
     assert epsilon(poisson(1.0, 0.02, count), 1e-5) <= 2.0
