@@ -3,7 +3,7 @@
 import os
 
 if __name__ == "__main__":  # not when pytest looks for doctests
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 
 import jax
 import jax.numpy as jnp

@@ -63,7 +63,7 @@ class Draw:
     def __call__(self, *shape: int, scale: float | None = None) -> jax.Array:
         """N(0, scale^2); without a scale, one that keeps the size of what it multiplies."""
         size = float(1 / np.sqrt(max(1, *shape[:-1], 1))) if scale is None else scale
-        return jnp.asarray(size * self.rng.normal(size=shape), jnp.float32)
+        return jax.device_put(np.float32(size * self.rng.normal(size=shape)))
 
     def data(self, *shape: int) -> jax.Array:
         """Inputs of a batch."""
@@ -71,7 +71,7 @@ class Draw:
 
     def ints(self, high: int, *shape: int, low: int = 0) -> jax.Array:
         """Integers of a batch, with repeats."""
-        return jnp.asarray(self.rng.integers(low, high, (BATCH, *shape)), jnp.int32)
+        return jax.device_put(np.int32(self.rng.integers(low, high, (BATCH, *shape))))
 
 
 def model(build: Callable[[Draw], Model]) -> Callable[[Draw], Model]:
@@ -104,7 +104,7 @@ def weighted(inner: Callable, params: Any, batch: dict, **options: Any) -> Model
 
     sizes = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
     assert sizes == {BATCH}, sizes
-    weight = jnp.asarray([0.5, 30.0, 0.02, 4.0, 0.3], jnp.float32)
+    weight = jax.device_put(np.float32([0.5, 30.0, 0.02, 4.0, 0.3]))
     if options.get("reference_loss"):
         options["reference_loss"] = of(options["reference_loss"])
     return Model(of(inner), params, {**batch, "weight": weight}, **options)
@@ -136,13 +136,22 @@ class Reference:
         return jax.tree.map(lambda g: np.tensordot(factor, g, 1), self.grads)
 
 
+def on_host(tree: Any) -> Any:
+    """The leaves as numpy, where indexing compiles nothing; keys as they are."""
+
+    def host(x):
+        return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x)
+
+    return jax.tree.map(host, tree)
+
+
 def to_float64(tree: Any) -> Any:
     """Float leaves as float64; integers and keys as they are. For use under enable_x64."""
 
     def wide(x):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) or x.dtype.kind in "iub":
             return x
-        return jnp.asarray(np.asarray(x, np.float64))
+        return jax.device_put(np.asarray(x, np.float64))  # asarray would compile a copy
 
     return jax.tree.map(wide, tree)
 
@@ -150,7 +159,8 @@ def to_float64(tree: Any) -> Any:
 def float64_reference(model: Model) -> Reference:
     """A loop over the examples: `jax.grad` of the one-example loss in float64."""
     size = len(jax.tree.leaves(model.batch)[0])
-    examples = [jax.tree.map(lambda x, i=i: x[i], model.batch) for i in range(size)]
+    batch = on_host(model.batch)
+    examples = [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(size)]
     loss_fn = model.reference_loss or model.loss_fn
     grads, losses, auxs = [], [], []
     with jax.enable_x64(True), model.arithmetic(strict=model.reference_loss is None):
