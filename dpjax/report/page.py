@@ -314,7 +314,16 @@ def _conditions(card: dict[str, Any]) -> str:
         + "</ul></div>"
         for name, items in lists
     )
-    tables = ""
+    rows = [
+        (
+            f"{v['view']}: {v['meaning']}",
+            "yes" if v["opened"] else "no",
+            "yes" if v["covered"] else "no",
+            v["words"],
+        )
+        for v in card["setting"]["threat_views"]
+    ]
+    tables = _small_table("Who could attack", ("What is seen", "Open", "Covered", "Why"), rows)
     if claim["groups"]:
         rows = [
             (f"{g['size']} together", _epsilon(g["epsilon"]), g["method"]) for g in claim["groups"]

@@ -240,3 +240,13 @@ def test_audit_stands_with_intervals_ceilings_and_assumptions(private_card):
     low, high = attack.metrics["extra_rate"].low, attack.metrics["extra_rate"].high
     assert f"{low:.3g} to {high:.3g}" in page and "extra rate" in page and "rate on twins" in page
     assert "the final weights are public" in page
+
+
+def test_every_threat_view_is_on_the_page(private_card, void_card):
+    for card in (private_card, void_card):
+        page = report_html(card)
+        assert "Who could attack" in page
+        for view in card["setting"]["threat_views"]:
+            row = f"{view['view']}: {view['meaning']}</th><td>{'yes' if view['opened'] else 'no'}"
+            assert f"{row}</td><td>{'yes' if view['covered'] else 'no'}</td>" in page
+    assert "no formal guarantee</td>" in page
