@@ -7,7 +7,7 @@ the self mask of those whose vector arrived, of the pairwise key of those whose 
 
 Source: Bonawitz et al. (2017), *Practical secure aggregation for privacy-preserving machine
 learning*, figure 4. One addition: each client commits to its self mask, so that a wrong share is
-an error and not a wrong sum.
+an error and not a wrong sum. For large cohorts, the sparse graph of pairs of Bell et al. (2020).
 
 Keys and seeds come from the operating system. Vectors are uint32, as `fixed_point` encodes them.
 """
@@ -66,6 +66,7 @@ def secure_sum(
     *,
     dropouts: Mapping[int, Stage] | None = None,
     signed: bool = False,
+    degree: int | None = None,
 ) -> SecureSum:
     """All parties in this process, every message as bytes: for simulations and tests.
 
@@ -76,6 +77,7 @@ def secure_sum(
         "masked" (the vector), "confirm" (signed sessions), "reveal". Who stops after "masked" is
         still in the sum.
       signed: with identities; see `SecureSession`.
+      degree: of a sparse graph of pairs; see `SecureSession`.
 
     Raises:
       DpjaxError: fewer clients than the threshold are left.
@@ -93,7 +95,7 @@ def secure_sum(
         secret = {c: private for c, (private, _) in made.items()}
         public = {c: known for c, (_, known) in made.items()}
     length = len(next(iter(vectors.values())))
-    session = new_session(vectors, threshold, length, public)
+    session = new_session(vectors, threshold, length, public, degree)
     clients = {c: SecureClient(session, c, secret.get(c)) for c in session.clients}
     server = SecureServer(session)
     sent, received = dict.fromkeys(clients, 0), dict.fromkeys(clients, 0)

@@ -93,7 +93,7 @@ class SecureClient:
         told = self._read(Roster, roster)
         peers = {k.sender: k for k in told.keys}
         self._check(len(peers) >= session.threshold, "fewer clients than the threshold")
-        self._check({*peers} <= {*session.clients}, "clients that are not in the session")
+        self._check({*peers} <= session.groups()[me], "clients that are not this one's peers")
         self._check(peers.get(me) == self._peers[me], "other keys for this client than its own")
         public = [x for k in told.keys for x in (k.encryption_key, k.mask_key)]
         self._check(len(set(public)) == len(public), "a key that is used twice")

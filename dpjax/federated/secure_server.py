@@ -52,11 +52,12 @@ class SecureServer:
         self._probe = exchanger(new_private_key())  # finds weak keys, and is good for nothing else
         self._keys: dict[int, Keys] = {}
         self._inboxes: dict[int, dict[int, bytes]] = {}
+        self._groups = session.groups()
+        self._awaited = {*session.clients}  # who may speak in this step
         self._roster = b""
         self._shared: set[int] = set()
         self._sum = np.zeros(session.length, np.uint32)
         self._survivors: set[int] = set()
-        self._told: Survivors | None = None
         self._signatures: dict[int, bytes] = {}
         self._reveals: dict[int, Reveal] = {}
 
@@ -107,17 +108,14 @@ class SecureServer:
         who = message.sender
         if sender not in (None, who):
             return Rejection("unknown client", f"client {sender} sent it as client {who}")
-        before = {"keys": session.clients, "shares": self._keys, "masked": self._shared,
-                  "confirm": self._survivors,
-                  "reveal": self._signatures or self._survivors}  # fmt: skip
-        if who not in before[self.step]:
+        if who not in self._awaited:
             return Rejection("unknown client", f"client {who} is not in this step")
         if who in self.arrived:
             return Rejection("duplicate", f"client {who} has sent its {self.step} already")
         if isinstance(message, Keys):
             return self._receive_keys(message)
         if isinstance(message, Shares):
-            if {c for c, _ in message.sealed} != {*self._keys} - {who}:
+            if {c for c, _ in message.sealed} != (self._groups[who] & self._awaited) - {who}:
                 return Rejection("wrong structure", f"client {who} shared with other clients")
             self._shared.add(who)
             for peer, sealed in message.sealed:
@@ -132,12 +130,12 @@ class SecureServer:
             if not is_signed(
                 self._identity(who),
                 message.signature,
-                signed_survivors(self._asked(), self._roster),
+                signed_survivors(self._told(who), self._roster),
             ):
                 return Rejection("bad signature", f"client {who} confirmed something else")
             self._signatures[who] = message.signature
         else:
-            told = self._asked()
+            told = self._told(who)
             parts = {c for c, _ in message.self_masks}, {c for c, _ in message.mask_keys}
             if not (parts[0] <= {*told.survivors} and parts[1] <= {*told.dropped}):
                 return Rejection("wrong structure", f"client {who} revealed what none asked for")
@@ -170,38 +168,67 @@ class SecureServer:
         Raises:
           DpjaxError: fewer clients than the threshold. The session is over, nothing is unmasked.
         """
-        step, session, here = self.step, self.session, self.arrived
+        step, session, here = self.step, self.session, {*self.arrived}
         if step in ("done", "failed"):
             raise DpjaxError(f"the session is {step}; begin another with new_session")
-        if len(here) < session.threshold:
-            self.step = "failed"
-            raise DpjaxError(
-                f"{len(here)} clients are left at step {step!r} and the threshold is "
-                f"{session.threshold}; nothing was unmasked: begin another session"
-            )
+        if step in ("keys", "shares"):
+            here = self._with_enough_peers(here)
+        if len(here) < session.quorum:
+            raise self._failed(f"{len(here)} clients are left at step {step!r}", session.quorum)
+        if step in ("masked", "reveal"):
+            # Everybody's secret, also that of who is missing, lies with its group.
+            for c in self._shared:
+                left = len(self._groups[c] & here)
+                if left < session.threshold:
+                    raise self._failed(f"{left} of client {c}'s group are left", session.threshold)
+        self._awaited, who = here, sorted(here)
         if step == "keys":
             self.step = "shares"
-            self._roster = Roster(session.id, tuple(self._keys[c] for c in here)).to_bytes()
-            return dict.fromkeys(here, self._roster)
+            rosters = {c: Roster(session.id, self._of_group(c, here)).to_bytes() for c in who}
+            self._roster = rosters[who[0]]
+            return rosters
         if step == "shares":
-            self.step = "masked"
-            return {
-                c: Shares(
-                    session.id, SERVER, tuple(sorted(self._inboxes.get(c, {}).items()))
-                ).to_bytes()
-                for c in here
-            }
+            self.step, self._shared = "masked", here
+            return {c: Shares(session.id, SERVER, self._inbox(c)).to_bytes() for c in who}
         if step == "masked":
             self.step = "reveal" if session.identities is None else "confirm"
-            missing = tuple(sorted(self._shared - self._survivors))
-            self._told = Survivors(session.id, here, missing)
-            return dict.fromkeys(here, self._told.to_bytes())
+            return {c: self._told(c).to_bytes() for c in who}
         if step == "confirm":
             self.step = "reveal"
             signatures = tuple(sorted(self._signatures.items()))
-            return dict.fromkeys(here, Confirmations(session.id, signatures).to_bytes())
+            return dict.fromkeys(who, Confirmations(session.id, signatures).to_bytes())
         self.step = "done"
         return {}
+
+    def _with_enough_peers(self, here: set[int]) -> set[int]:
+        """Without those whose group is below the threshold, again and again: they would refuse."""
+        while True:
+            enough = {c for c in here if len(self._groups[c] & here) >= self.session.threshold}
+            if enough == here or self.session.degree is None:
+                return here
+            here = enough
+
+    def _failed(self, what: str, needed: int) -> DpjaxError:
+        self.step = "failed"
+        return DpjaxError(
+            f"{what} and the threshold is {needed}; nothing was unmasked: begin another session"
+        )
+
+    def _of_group(self, client: int, here: set[int]) -> tuple[Keys, ...]:
+        return tuple(self._keys[c] for c in sorted(self._groups[client] & here))
+
+    def _inbox(self, client: int) -> tuple[tuple[int, bytes], ...]:
+        box = self._inboxes.get(client, {})
+        return tuple((c, box[c]) for c in sorted(box) if c in self._shared)
+
+    def _told(self, client: int) -> Survivors:
+        """What a client is told: who of its group is in the sum, and who is missing."""
+        group = self._groups[client] & self._shared
+        return Survivors(
+            self.session.id,
+            tuple(sorted(group & self._survivors)),
+            tuple(sorted(group - self._survivors)),
+        )
 
     def total(self) -> UInt32[np.ndarray, " d"]:
         """The sum of the survivors' vectors, modulo 2^32. Closes the last step.
@@ -212,43 +239,37 @@ class SecureServer:
         if self.step != "reveal":
             raise DpjaxError(f"total comes after everybody's reveal; the step is {self.step!r}")
         self.advance()
-        session, told = self.session, self._asked()
-        masks = []
-        for c in told.survivors:
-            seed = self._joined(c, [dict(r.self_masks) for r in self._reveals.values()])
+        session, masks = self.session, []
+        seeds = {c + 1: dict(r.self_masks) for c, r in self._reveals.items()}
+        secrets = {c + 1: dict(r.mask_keys) for c, r in self._reveals.items()}
+        for c in sorted(self._survivors):
+            seed = self._joined(c, seeds)
             if commitment_to(session, c, seed) != self._keys[c].commitment:
                 raise DpjaxError(
                     f"shares of client {c}'s self mask are wrong; begin another session"
                 )
             masks.append((self_mask_key(session, seed), -1))
-        for c in told.dropped:
-            secret = self._joined(c, [dict(r.mask_keys) for r in self._reveals.values()])
+        for c in sorted(self._shared - self._survivors):
+            secret = self._joined(c, secrets)
             if public_key(secret) != self._keys[c].mask_key:
                 raise DpjaxError(
                     f"shares of client {c}'s mask key are wrong; begin another session"
                 )
             # What each survivor added for the missing one: the mirror image of its own.
             exchange = exchanger(secret)
-            masks += [pairwise_mask(session, exchange, c, self._keys[v]) for v in told.survivors]
-        total = self._sum.copy()
-        add_masks(total, masks)
-        return total
+            peers = sorted(self._groups[c] & self._survivors)
+            masks += [pairwise_mask(session, exchange, c, self._keys[v]) for v in peers]
+        # In place: masked vectors have served, and nobody gets to see a sum that is half masked.
+        add_masks(self._sum, masks)
+        return self._sum
 
-    def _joined(self, client: int, tables: list[dict[int, bytes]]) -> bytes:
-        points = [c + 1 for c in self._reveals]
+    def _joined(self, client: int, tables: dict[int, dict[int, bytes]]) -> bytes:
         shares = {
-            x: int.from_bytes(table[client])
-            for x, table in zip(points, tables, strict=True)
-            if client in table
+            x: int.from_bytes(table[client]) for x, table in tables.items() if client in table
         }
         secret = join_shares(shares, self.session.threshold)
         # A wrong share may give a number that no 32 bytes hold; what it gives is checked anyway.
         return (secret % 2**256).to_bytes(32)
-
-    def _asked(self) -> Survivors:
-        if self._told is None:
-            raise DpjaxError("the survivors are not known yet")
-        return self._told
 
     def _identity(self, client: int) -> bytes:
         return (self.session.identities or {}).get(client, b"")

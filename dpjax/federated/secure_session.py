@@ -50,6 +50,11 @@ class SecureSession:
         who they are, and that all were told the same survivors, so that even a server that lies
         learns nothing but sums of at least t less a third of the clients. None trusts the server to
         follow the protocol.
+      degree: each client shares keys with so many others, k, an even number, in place of all: its
+        work is k masks, and the server's k for each client that is missing. The threshold then
+        counts within a client and its k neighbours: as long as fewer than t of each such group are
+        on the server's side, and half of all clients stay. None is all others, which a signed
+        session needs; small cohorts should not do without.
     """
 
     id: bytes
@@ -57,6 +62,7 @@ class SecureSession:
     threshold: int
     length: int
     identities: Mapping[int, bytes] | None = None
+    degree: int | None = None
 
     def __post_init__(self) -> None:
         n = len(self.clients)
@@ -70,14 +76,42 @@ class SecureSession:
         if not 0 <= self.clients[0] <= self.clients[-1] < SERVER - 1:
             raise DpjaxError(f"clients are numbered from 0 to below {SERVER - 1}")
         signed = self.identities is not None
-        least = 2 * n // 3 + 1 if signed else n // 2 + 1
-        if not least <= self.threshold <= n:
+        if self.degree is not None and (signed or self.degree % 2 or not 2 <= self.degree < n - 1):
             raise DpjaxError(
-                f"threshold is {self.threshold} of {n} clients; it must be {least} to {n}, so that "
-                "nobody's two secrets can be asked of different clients"
+                f"degree is {self.degree} of {n} clients; it must be even, at least 2 and below "
+                f"{n - 1}, and the session not signed"
+            )
+        group = n if self.degree is None else self.degree + 1
+        least = 2 * group // 3 + 1 if signed else group // 2 + 1
+        if not least <= self.threshold <= group:
+            raise DpjaxError(
+                f"threshold is {self.threshold} of {group} clients; it must be {least} to {group}, "
+                "so that nobody's two secrets can be asked of different clients"
             )
         if self.identities is not None and {*self.identities} != {*self.clients}:
             raise DpjaxError("identities must have one public key for each client")
+
+    @property
+    def quorum(self) -> int:
+        """Clients that must stay in all."""
+        return self.threshold if self.degree is None else len(self.clients) // 2 + 1
+
+    def groups(self) -> dict[int, frozenset[int]]:
+        """Each client with its neighbours: all clients, or the nearest on a ring in random order.
+
+        Source: Bell et al. (2020), section 3: a Harary graph under a random permutation.
+        """
+        if self.degree is None:
+            return dict.fromkeys(self.clients, frozenset(self.clients))
+
+        def place(c):  # the id is random and newer than any client's number
+            return hashlib.sha256(b"dpjax ring" + pair_label(self, c, c)).digest()
+
+        ring, half = sorted(self.clients, key=place), self.degree // 2
+        return {
+            c: frozenset(ring[(at + d) % len(ring)] for d in range(-half, half + 1))
+            for at, c in enumerate(ring)
+        }
 
 
 def new_session(
@@ -85,6 +119,7 @@ def new_session(
     threshold: int,
     length: int,
     identities: Mapping[int, bytes] | None = None,
+    degree: int | None = None,
 ) -> SecureSession:
     """A session with a fresh id; see `SecureSession`.
 
@@ -93,7 +128,8 @@ def new_session(
       (0, 1, 2, 3, 4)
     """
     who = tuple(sorted(clients))
-    return SecureSession(secrets.token_bytes(SESSION_BYTES), who, threshold, length, identities)
+    fresh = secrets.token_bytes(SESSION_BYTES)
+    return SecureSession(fresh, who, threshold, length, identities, degree)
 
 
 def new_identity() -> tuple[bytes, bytes]:
@@ -132,16 +168,21 @@ def add_masks(total: UInt32[np.ndarray, " d"], masks: Iterable[tuple[bytes, int]
     The expansion is AES-128's counter mode from 0: a key must serve for one vector only.
     """
     streams = [
-        (Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor(), sign) for key, sign in masks
+        (
+            Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update_into,
+            np.add if sign > 0 else np.subtract,
+        )
+        for key, sign in masks
     ]
     zeros, buffer = memoryview(bytes(4 * _BLOCK)), bytearray(4 * _BLOCK + 16)
     words = np.frombuffer(buffer, "<u4")
     # All keys on one block, then the next: the block of the sum does not leave the cache.
     for begin in range(0, len(total), _BLOCK):
         part = total[begin : begin + _BLOCK]
-        for stream, sign in streams:
-            stream.update_into(zeros[: 4 * len(part)], buffer)
-            (np.add if sign > 0 else np.subtract)(part, words[: len(part)], out=part)
+        empty, mask = zeros[: 4 * len(part)], words[: len(part)]
+        for expand, combine in streams:
+            expand(empty, buffer)
+            combine(part, mask, out=part)
 
 
 def new_private_key() -> bytes:

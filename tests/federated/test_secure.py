@@ -103,6 +103,54 @@ def test_any_dropouts_down_to_the_threshold_leave_the_sum_exact(signed):
         assert found.total.tolist() == plain_sum(some, stay)
 
 
+def test_sparse_pairs_leave_the_sum_exact_or_say_that_they_cannot():
+    """Random dropouts; a group below its threshold is one clear error, never a wrong sum."""
+    rng = np.random.default_rng(7)
+    outcomes = collections.Counter()
+    for trial in range(25):
+        n, degree = int(rng.integers(9, 20)), int(rng.choice([4, 6]))
+        threshold = degree // 2 + 1 + int(rng.integers(2))
+        leaving = rng.permutation(n)[: int(rng.integers(0, n // 2))]
+        stages = ("keys", "shares", "masked", "reveal")
+        gone = {int(c): stages[int(rng.integers(4))] for c in leaving}
+        some = vectors(n, 20, seed=trial)
+        try:
+            found = secure_sum(some, threshold, dropouts=gone, degree=degree)
+        except DpjaxError as error:
+            assert "nothing was unmasked" in str(error)
+            outcomes["refused"] += 1
+            continue
+        stay = {c for c in range(n) if gone.get(c, "reveal") == "reveal"}
+        assert {*found.survivors} <= stay  # without some whose group was too small to begin with
+        assert found.total.tolist() == plain_sum(some, found.survivors)
+        outcomes["summed", {*found.survivors} == stay] += 1
+    assert outcomes["summed", True] >= 10 and outcomes["refused"] >= 2, outcomes
+
+
+def test_sparse_groups_are_mutual_connected_and_random():
+    session = new_session(range(30), 5, 3, degree=8)
+    groups = session.groups()
+    assert all(len(g) == 9 and c in g for c, g in groups.items())
+    assert all(c in groups[v] for c, g in groups.items() for v in g)
+    reached = {0}
+    for _ in range(30):
+        reached |= {v for c in reached for v in groups[c]}
+    assert reached == {*range(30)}
+    other = new_session(range(30), 5, 3, degree=8).groups()
+    assert sum(groups[c] != other[c] for c in range(30)) > 25
+    # A server that shows a client others than its neighbours is refused.
+    server, clients, inbox = run_to("shares", session, vectors(30, 3))
+    stranger = next(c for c in range(30) if c not in groups[0])
+    told = Roster.from_bytes(inbox[0])
+    more = sorted([*told.keys, server._keys[stranger]], key=lambda k: k.sender)
+    with pytest.raises(DpjaxError, match="not this one's peers"):
+        clients[0].share_keys(Roster(session.id, tuple(more)).to_bytes())
+    sent = Shares.from_bytes(clients[0].share_keys(inbox[0]))
+    assert {c for c, _ in sent.sealed} == groups[0] - {0}
+    few = dataclasses.replace(sent, sealed=sent.sealed[1:])
+    assert server.receive(few.to_bytes()).reason == "wrong structure"
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_fewer_than_the_threshold_is_one_clear_error(stage):
     some = vectors(7)
@@ -488,6 +536,11 @@ def test_sessions_refuse_what_would_not_be_safe():
         (lambda: new_session(range(6), 3, 5), "4 to 6"),
         (lambda: new_session(range(6), 7, 5), "4 to 6"),
         (lambda: new_session(range(6), 4, 5, identity), "5 to 6"),
+        (lambda: new_session(range(9), 3, 5, degree=4), None),
+        (lambda: new_session(range(9), 2, 5, degree=4), "of 5 clients; it must be 3 to 5"),
+        (lambda: new_session(range(9), 3, 5, degree=3), "must be even"),
+        (lambda: new_session(range(9), 5, 5, degree=8), "below 8"),
+        (lambda: new_session(range(6), 5, 5, identity, degree=4), "not signed"),
         (lambda: new_session([1], 1, 5), "two or more"),
         (lambda: new_session([1, 1, 2], 2, 5), "two or more"),
         (lambda: new_session([0, 2**32 - 2], 2, 5), "numbered from 0"),
@@ -498,6 +551,9 @@ def test_sessions_refuse_what_would_not_be_safe():
         (lambda: to_vector({"w": np.zeros(3, np.float32)}), "fixed_point"),
         (lambda: from_vector(np.zeros(3, np.uint32), {"w": np.zeros(4)}), "3 numbers"),
     ):
+        if what is None:
+            wrong()
+            continue
         with pytest.raises(DpjaxError, match=what):
             wrong()
 
