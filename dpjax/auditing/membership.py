@@ -262,7 +262,7 @@ def distribution_check(
     """Whether words alone tell members from non-members: then membership results are void.
 
     A bag-of-words logistic regression that never sees the model, scored on held-out folds. Its AUC
-    should have 0.5 in its interval; ``details["passed"]`` says whether it has.
+    should not be above 0.5 with this confidence; ``details["passed"]`` says whether it keeps to it.
 
     Raises:
       DpjaxError: fewer than 10 texts on a side, or no scikit-learn.

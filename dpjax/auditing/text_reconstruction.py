@@ -23,6 +23,8 @@ from dpjax.types import PyTree, RandomKey, require_key
 _ROWS = 128  # sequences in one compiled call
 # The singular values of pure noise fall slowly: neighbours differ by less than this.
 _LEAST_GAP = 10.0
+_STRICTNESS = (0.3, 3.0, 30.0)  # tolerated distance from the second span, times the gap
+_EXPLAINED = 0.9999  # cosine of the fit, above which the sequences found are taken for all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +79,13 @@ class _Span:
         values = np.maximum(values, floor)
         ratios = values[:-1] / values[1:]
         self.rank = rank
+        self.gap = math.inf
         self.tolerance = math.inf
         if rank is None and len(ratios) and ratios.max() >= _LEAST_GAP:
             self.rank = int(np.argmax(ratios)) + 1
+            self.gap = float(ratios.max())
             # What lies behind the gap tilts the span by about its inverse.
-            self.tolerance = float(np.clip(30.0 / ratios.max(), 1e-3, 0.1))
+            self.tolerance = float(np.clip(30.0 / self.gap, 1e-3, 0.1))
         self.outside = left[:, self.rank or 0 :]
 
     def distances(self, inputs: np.ndarray) -> np.ndarray:
@@ -220,33 +224,26 @@ def recover_sequences(
         possible &= np.any(rows != 0, axis=1)[:, None]
     if None in ranks or not possible.any():
         return RecoveredSequences((), ranks, 0.0)
-    alive: list[tuple[int, ...]] = [()]
-    nodes: list[tuple[int, ...]] = []
-    for place in range(steps):
-        allowed = np.flatnonzero(possible[:, place if learned else 0]).tolist()
-        longer = [(*prefix, token) for prefix in alive for token in allowed]
-        if not longer:
+    by_place = [np.flatnonzero(possible[:, p if learned else 0]).tolist() for p in range(steps)]
+    best = RecoveredSequences((), ranks, 0.0)
+    # Wrong prefixes may be nearer than the gap would let right ones be: strictly first, and more
+    # loosely only while the sequences found do not explain the gradient.
+    for strictness in _STRICTNESS:
+        tolerance = float(np.clip(strictness / spans[1].gap, 1e-4, 0.1))
+        nodes = _grown(config, params, spans[1], by_place, tolerance, max_prefixes)
+        candidates = (
+            [] if nodes is None
+            else _with_last_tokens(config, params, observed_gradient, nodes, steps)
+        )  # fmt: skip
+        if nodes is None or len(candidates) > max_candidates:
+            return dataclasses.replace(best, complete=False)
+        if candidates:
+            kept, match = _fitted(config, params, observed_gradient, candidates, max_length)
+            if match > best.match:
+                best = RecoveredSequences(kept, ranks, match)
+        if best.match > _EXPLAINED:
             break
-        inputs = _states(config, params, 1, longer, steps)[:, place]
-        passes = spans[1].distances(inputs) <= spans[1].tolerance
-        alive = [p for p, passed in zip(longer, passes, strict=True) if passed]
-        nodes += alive
-        if len(nodes) > max_prefixes:
-            return RecoveredSequences((), ranks, 0.0, complete=False)
-    candidates = _with_last_tokens(config, params, observed_gradient, nodes, steps)
-    if not candidates:
-        return RecoveredSequences((), ranks, 0.0)
-    if len(candidates) > max_candidates:
-        return RecoveredSequences((), ranks, 0.0, complete=False)
-    # The gradient of a batch is the weighted sum of its sequences': who has no weight is not in it.
-    columns = [_flat(_gradient(config, params, text, max_length)) for text in candidates]
-    matrix, observed = np.stack(columns, axis=1), _flat(observed_gradient)
-    weights, _ = nnls(*_reduced(matrix, observed))
-    fit = matrix @ weights
-    scale = float(np.linalg.norm(fit) * np.linalg.norm(observed))
-    kept = tuple(c for c, w in zip(candidates, weights, strict=True) if w > 0.05 * weights.max())
-    match = float(fit @ observed) / scale if scale > 0 else 0.0
-    return RecoveredSequences(kept if scale > 0 else (), ranks, match)
+    return best
 
 
 def text_recovery(
@@ -360,6 +357,52 @@ def _all_states(
     # Accelerators round products to fewer bits otherwise, which would close the gap.
     with jax.default_matmul_precision("highest"):
         return jax.vmap(lambda t: hidden_states(config, params, t))(tokens)
+
+
+def _grown(
+    config: DecoderConfig,
+    params: PyTree,
+    span: _Span,
+    by_place: list[list[int]],
+    tolerance: float,
+    max_prefixes: int,
+) -> list[tuple[int, ...]] | None:
+    """Every prefix whose inputs to the second layer are in its span; None if there are too many."""
+    alive: list[tuple[int, ...]] = [()]
+    nodes: list[tuple[int, ...]] = []
+    for place, allowed in enumerate(by_place):
+        longer = [(*prefix, token) for prefix in alive for token in allowed]
+        if not longer:
+            break
+        inputs = _states(config, params, 1, longer, len(by_place))[:, place]
+        passes = span.distances(inputs) <= tolerance
+        alive = [p for p, passed in zip(longer, passes, strict=True) if passed]
+        nodes += alive
+        if len(nodes) > max_prefixes:
+            return None
+    return nodes
+
+
+def _fitted(
+    config: DecoderConfig,
+    params: PyTree,
+    gradient: PyTree,
+    candidates: list[tuple[int, ...]],
+    length: int,
+) -> tuple[tuple[tuple[int, ...], ...], float]:
+    """Candidates that the observed gradient has a share of, and the cosine of the fit.
+
+    The gradient of a batch is the weighted sum of its sequences': who has no weight is not in it.
+    """
+    columns = [_flat(_gradient(config, params, text, length)) for text in candidates]
+    matrix, observed = np.stack(columns, axis=1), _flat(gradient)
+    weights, _ = nnls(*_reduced(matrix, observed))
+    fit = matrix @ weights
+    scale = float(np.linalg.norm(fit) * np.linalg.norm(observed))
+    if scale <= 0:
+        return (), 0.0
+    kept = tuple(c for c, w in zip(candidates, weights, strict=True) if w > 0.05 * weights.max())
+    return kept, float(fit @ observed) / scale
 
 
 def _with_last_tokens(

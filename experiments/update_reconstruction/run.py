@@ -302,6 +302,7 @@ def attack_texts(
                     "token_precision": len(read & recovered) / max(len(recovered), 1),
                     "token_recall_known_count": len(read & set(best.tokens.tolist())) / len(read),
                     "sequences_found": float(len(result.sequences)),
+                    "searches_cut": float(not result.complete),
                     "exact_sequences": text_recovery(result.sequences, truth)["exact_sequences"],
                     "rouge_l": text_recovery(result.sequences, truth)["rouge_l"],
                 }

@@ -173,6 +173,12 @@ def test_whole_attack_on_records(memorised):
     assert [r.attack for r in found] == ["extraction in 1 query", "extraction in 1,000 queries"]
     assert found[1].metrics["rate"].value == 1 and found[1].metrics["rate_on_twins"].value == 0
     assert found[0].metrics["rate"].value >= 0.5 and found[0].num_non_members == 6
+    # To be surer takes more queries.
+    surer = extraction_attacks(
+        CONFIG, memorised, *sides, suffix_length=8, num_queries=(1,), success_probability=0.9999
+    )[0]
+    assert surer.metrics["rate"].value <= found[0].metrics["rate"].value
+    assert "extracted: with probability 0.9999 or more" in surer.assumptions
     # A record as short as the suffix has no prefix to prompt with.
     short = dataset_from_records([Record("ab"), Record("a much longer text")], TOKENIZER, 64)
     some = extraction_attacks(CONFIG, memorised, short, sides[1], suffix_length=8)

@@ -171,7 +171,7 @@ def test_any_loss_is_attacked_in_one_call(tmp_path):
     assert (loss.attack, told.attack) == ("loss", "reference")
     assert loss.metrics["auc"].value < 0.65 and told.metrics["auc"].low > 0.95
     assert told.num_members == 200 and "one distribution" in told.assumptions[0]
-    (alone,) = loss_attacks(loss_fn, jnp.float32(0.1), *sides)
+    (alone,) = loss_attacks(loss_fn, jnp.float32(0.1), *sides, progress=True)
     assert alone.metrics == loss.metrics and list(tmp_path.rglob("*.npz"))
     # Without members' advantage the reference finds nothing.
     nothing = loss_attacks(loss_fn, jnp.float32(0.0), *sides, reference=reference)[1]

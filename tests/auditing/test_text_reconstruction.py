@@ -1,5 +1,6 @@
 """Texts from gradients: exact where nothing hides them, nothing under noise, the union in a sum."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,7 @@ from dpjax.auditing.text_reconstruction import (
     text_recovery,
 )
 from dpjax.auditing.updates import observe_update
+from dpjax.data import byte_tokenizer
 from dpjax.errors import DpjaxError
 from dpjax.models import DecoderConfig, LoRA, init_params, language_model_loss
 
@@ -95,6 +97,18 @@ def test_sequences_exactly_and_in_order(params, shape, view):
     for limit in ({"max_prefixes": 9}, {"max_candidates": 1}):
         cut = recover_sequences(shape, params[shape], seen, max_length=6, **limit)
         assert cut.sequences == () and not cut.complete and cut.match == 0.0
+
+
+def test_messages_whose_prefixes_are_alike():
+    """Untrained attention moves little: wrong prefixes are near the span, so it must be strict."""
+    tokenizer = byte_tokenizer()
+    shape = dataclasses.replace(
+        UNTIED, vocabulary_size=tokenizer.vocabulary_size, d_model=64, num_heads=4, d_ff=128
+    )
+    params = init_params(shape, jax.random.key(0))
+    batch = tuple(tuple(tokenizer.encode(text)) for text in ("hello goood ", "its a lost c"))
+    found = recover_sequences(shape, params, gradient(shape, params, batch, 12), max_length=12)
+    assert sorted(found.sequences) == sorted(batch) and found.match > 0.9999
 
 
 def test_the_order_comes_from_the_gradient(params):
