@@ -9,7 +9,7 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/dpjax demo
 
-test: .venv/.reference
+test: .venv/.reference .venv/flower/.installed
 	$(BIN)/python -m pytest -n 2
 
 test-slow: .venv/.reference
@@ -37,6 +37,15 @@ format: .venv/.installed
 # torch for one platform.
 .venv/.reference: .venv/.installed requirements-reference.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-reference.txt
+	@touch $@
+
+# Flower needs older protobuf and rich than the lock has: a layer of its own, which sees the rest.
+FLOWER := .venv/flower/bin/python
+PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
+.venv/flower/.installed: .venv/.installed requirements-flower.txt
+	$(BIN)/python -m venv --clear .venv/flower
+	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(PURELIB)')')" > "$$($(FLOWER) -c '$(PURELIB)')/below.pth"
+	$(FLOWER) -m pip install --quiet --disable-pip-version-check -r requirements-flower.txt
 	@touch $@
 
 # Needs uv (pip install uv).
