@@ -354,6 +354,7 @@ def clients_by(dataset: Any, owners: Sequence[Any] | np.ndarray) -> Clients:
 
 
 def as_pytree(dataset: Any) -> PyTree:
+    """All examples of a data set with ``take`` and ``len``; a pytree of arrays as it is."""
     if hasattr(dataset, "take") and not isinstance(dataset, np.ndarray):
         return dataset.take(np.arange(len(dataset)))
     return dataset
