@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from dpjax.federated.convolutions import canonical_convolutions
 from dpjax.types import LossFn, PyTree, RandomKey
 
 
@@ -87,7 +88,9 @@ def batch_gradient(
         return jnp.sum(losses) / jnp.maximum(count, 1.0), jnp.sum(losses)
 
     count = jnp.sum(is_real).astype(jnp.float32)
-    (_, losses), gradient = jax.value_and_grad(total, has_aux=True)(params)
+    # Local steps are a loop, where XLA's CPU compiler is slow on convolutions as they come.
+    slope = canonical_convolutions(jax.value_and_grad(total, has_aux=True))
+    (_, losses), gradient = slope(params)
     return gradient, losses.astype(jnp.float32), count
 
 
