@@ -235,6 +235,17 @@ class Ledger:
         self._releases[run, iteration] = release
         self._iterations[run] += 1
 
+    def record_answer(self, answer: dict[str, Any]) -> None:
+        """Writes one answer of a `dpjax.federated.Worker` to disk; call it before it is given.
+
+        Such a ledger is a worker's own: what it cost is read by `Worker.spent`, not by `epsilon`.
+        """
+        if any(record["kind"] != "answer" for record in self.records):
+            raise DpjaxError(
+                f"ledger {self._path} holds training runs; give the worker a ledger of its own"
+            )
+        self._append("answer", **answer)
+
     def end_run(self, run: int, reason: str) -> None:
         """Records why a run ended ("completed" or "budget"); once per run."""
         if not any(r["kind"] == "end" and r["run"] == run for r in self.records):
@@ -286,6 +297,10 @@ class Ledger:
 
     def dp_event(self, run: int | None = None) -> dp_accounting.DpEvent:
         """Event of everything released so far, over all runs or in one."""
+        if any(record["kind"] == "answer" for record in self.records):
+            raise DpjaxError(
+                f"ledger {self._path} holds answers of a worker; read them with Worker.spent"
+            )
         events = [released_event(release, count) for release, count in self.releases(run)]
         if not events:
             return dp_accounting.NoOpDpEvent()

@@ -69,6 +69,10 @@ from dpjax.federated.round import (
 )
 from dpjax.federated.scaffold import scaffold
 from dpjax.federated.training import FederatedTrainState, LocalWork, fit, init_training
+from dpjax.federated.worker import Worker
+from dpjax.federated.worker_pointer import Pointer
+from dpjax.federated.worker_policy import Policy
+from dpjax.federated.worker_server import connect, make_certificate, serve
 
 __all__ = [
     "Aggregate",
@@ -85,17 +89,21 @@ __all__ = [
     "LocalData",
     "LocalResult",
     "LocalWork",
+    "Pointer",
+    "Policy",
     "PrivateServer",
     "Rejection",
     "Rejections",
     "RoundInfo",
     "Simulated",
     "UpdateMessage",
+    "Worker",
     "batch_gradient",
     "check_private_state",
     "check_update",
     "client_mesh",
     "clients_by",
+    "connect",
     "coordinate_median",
     "difference",
     "distributed",
@@ -115,6 +123,7 @@ __all__ = [
     "local_training",
     "locally_private",
     "locally_private_laplace",
+    "make_certificate",
     "mime_lite",
     "norm_bounded",
     "pack_update",
@@ -133,6 +142,7 @@ __all__ = [
     "sample_cohort",
     "scaffold",
     "scaled_to_cohort",
+    "serve",
     "server_step",
     "top_k",
     "top_k_bytes",
