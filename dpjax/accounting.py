@@ -187,7 +187,7 @@ def _compose_afresh(
     return made.compose(dp_event)
 
 
-_LARGEST_PLD = 500.0
+_LARGEST_PLD = 100.0
 
 
 def _is_hopeless(dp_event: dp_accounting.DpEvent, relation: NeighboringRelation) -> bool:
