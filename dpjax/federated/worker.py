@@ -74,7 +74,8 @@ class Worker:
     Guarantee:
       - A requester who sees any number of answers, each chosen after seeing those before, learns
         no more than (target_epsilon, target_delta)-DP permits about one record: one row of each
-        array under `Policy.dp`, replaced by any other. Shapes, and so the numbers of records, are
+        array under `Policy.dp`, replaced by any other; who has m rows of an array is a group of m,
+        at m times the epsilon and a larger delta. Shapes, and so the numbers of records, are
         public. `Policy.allow` protects nothing; under `Policy.deny` nothing leaves.
       - A value keeps the policies of all arrays that it was computed from; the strictest counts.
       - An answer is in the ledger, and on disk, before its noise is drawn. Budgets are checked and

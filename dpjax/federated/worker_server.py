@@ -229,7 +229,7 @@ def serve(
             tell(f"refused {peer}: no TLS 1.3 handshake")
         except TimeoutError:
             tell(f"refused {peer}: too slow")
-        except OSError:
+        except Exception:  # a connection never ends more than itself
             tell(f"lost {peer}")
         finally:
             raw.close()

@@ -1,16 +1,10 @@
 """Pointers compute where the data lies; what leaves is what the owner's policy lets go."""
 
-import contextlib
 import json
 import math
-import pathlib
 import pickle
 import random
 import secrets
-import socket
-import ssl
-import subprocess
-import sys
 import threading
 
 import jax
@@ -21,12 +15,10 @@ import pytest
 from dpjax import accounting
 from dpjax.errors import DpjaxError
 from dpjax.federated import worker as worker_module
-from dpjax.federated import worker_policy, worker_rules
+from dpjax.federated import worker_policy
 from dpjax.federated.worker import LOCAL, Worker
 from dpjax.federated.worker_pointer import Pointer
-from dpjax.federated.worker_policy import Cost, Policy, Total, noisy_answer, plan_release
-from dpjax.federated.worker_server import connect, make_certificate
-from dpjax.federated.worker_wire import pack_message, read_message_bytes
+from dpjax.federated.worker_policy import Cost, Policy
 from dpjax.ledger import Ledger
 
 SECRET = 1234.56  # looked for in everything that must not hold it
@@ -42,66 +34,6 @@ def coins(monkeypatch):
 
 def refused(match):
     return pytest.raises(DpjaxError, match=match)
-
-
-# What pointers compute.
-
-
-@pytest.fixture(scope="module")
-def public():
-    alice = Worker("alice", Policy.allow())
-    yield alice
-    alice.close()
-
-
-W = np.random.default_rng(1).normal(size=(3, 3)).astype(np.float32)
-EXPRESSIONS = [
-    lambda x, a: x + 2,
-    lambda x, a: 2 - x * x / 3,
-    lambda x, a: x @ W + 1,
-    lambda x, a: W @ x.T,
-    lambda x, a: (x**2 % 0.5) // 0.2,
-    lambda x, a: -abs(x) + W[0],
-    lambda x, a: W[0] + x,
-    lambda x, a: ((x > 0) & ~(x >= 1)) | (x == 2) ^ (x != x),
-    lambda x, a: (x < 0) | (x <= -1),
-    lambda x, a: x.sum(),
-    lambda x, a: x.mean(axis=0),
-    lambda x, a: x.max(axis=1, keepdims=True) - x.min(axis=(0, 1)),
-    lambda x, a: x[1:, ::2][..., None] * x[0, 0],
-    lambda x, a: x.reshape(2, 6).T,
-    lambda x, a: x.clip(-0.5, 0.5),
-    lambda x, a: a("where", x > 0, a("tanh", x), 0.0),
-    lambda x, a: a("sqrt", abs(x)),
-]
-
-
-@pytest.mark.parametrize("number", range(len(EXPRESSIONS)))
-def test_pointers_compute_as_numpy(public, number):
-    expression = EXPRESSIONS[number]
-    found = expression(public.put(ROWS), public.apply).get()
-    right = expression(ROWS.astype(np.float64), lambda name, *x: getattr(np, name)(*x))
-    assert found.shape == right.shape
-    np.testing.assert_allclose(found, right, rtol=2e-5, atol=1e-6)
-
-
-def test_two_pointers_of_one_worker_and_of_two(public):
-    x, z = public.put(ROWS), public.put(2 * ROWS)
-    np.testing.assert_allclose((x + z).get(), 3 * ROWS, rtol=1e-6)
-    with Worker("carol") as carol:
-        far = carol.put(ROWS)
-        with refused("one pointer is on alice, the other on carol.*put"):
-            x + far
-    with refused("add does not fit its operands"):
-        x + np.ones(5)
-    with refused("not among the worker's functions"):
-        public.apply("linalg", x)
-    with refused("takes 2"):
-        public.apply("add", x)
-    with refused("axis is a; it must be"):
-        x.sum(axis="a")
-    with refused("must have at most 8 axes and"):
-        public.put(np.ones((2**15, 1), np.float32)) + np.ones(2**15, np.float32)
 
 
 # What must need the value is refused, and nothing shows it.
@@ -142,10 +74,11 @@ def test_nothing_shows_a_value(shape):
 
 
 def test_an_operation_that_fails_tells_nothing(monkeypatch):
-    real = jnp.exp
+    real, shapes = jnp.exp, []
 
     def fails(x):
-        if isinstance(x, jax.core.Tracer):
+        if not shapes:  # the first call sees shapes only
+            shapes.append(x.shape)
             return real(x)
         raise FloatingPointError(f"invalid value {x}")
 
@@ -174,76 +107,6 @@ def test_what_is_put_is_copied_and_fits():
             alice.put(np.array(["a"]))
 
 
-# Which record a row belongs to.
-
-CHAINS = {
-    "shift": lambda x: x + 2,
-    "square": lambda x: x * x,
-    "columns": lambda x: x[:, 0] - x[:, 1],
-    "matrix": lambda x: x @ W,
-    "outer": lambda x: x[:, :, None] * x[:, None, :],
-    "reversed": lambda x: x[::-1] + 1,
-    "some": lambda x: x[1:3] * x[1:3],
-    "rows": lambda x: x.mean(axis=1, keepdims=True) * x,
-    "per row": lambda x: x + np.arange(4, dtype=np.float32)[:, None],
-    "cell": lambda x: x.reshape(4, 1, 3).max(axis=2),
-    "above": lambda x: (x > 0) & (x < 1),
-    "last": lambda x: x[..., 1],
-    "neighbours": lambda x: x[1:] + x[:-1],
-    "turned": lambda x: x.T,
-    "turned twice": lambda x: x.T.T,
-    "square of columns": lambda x: x[:, 0] + x[:, 1:2],
-    "backwards": lambda x: x[::-1] + x,
-    "centred": lambda x: x - x.mean(axis=0),
-    "gram": lambda x: x.T @ x,
-    "similar": lambda x: x @ x.T,
-    "first": lambda x: x[0],
-    "flat": lambda x: x.reshape(12),
-    "regrouped": lambda x: x.reshape(2, 2, 3)[1],
-    "new axis": lambda x: x[None],
-    "weighted": lambda x: np.ones((2, 4), np.float32) @ x,
-    "best": lambda x: x.max(axis=0),
-}
-KEPT = list(CHAINS)[: list(CHAINS).index("neighbours")]
-
-
-@pytest.fixture(scope="module")
-def chains():
-    """The node of every chain, for the data and for data with record 2 replaced."""
-    other = ROWS.copy()
-    other[2] = [5, -7, 40]
-    found = {}
-    with Worker("alice") as alice:
-        pointers = [alice.put(ROWS), alice.put(other)]
-        for name, chain in CHAINS.items():
-            ends = [chain(x) for x in pointers]
-            nodes = [alice._sessions[alice._local_id].nodes[end._id] for end in ends]
-            found[name] = nodes
-    return found
-
-
-@pytest.mark.parametrize("name", CHAINS)
-def test_rows_are_their_records_alone(chains, name):
-    one, other = chains[name]
-    assert (one.records is not None) == (name in KEPT), name
-    changed = np.asarray(one.value != other.value)
-    assert changed.any() == (name != "first")  # the test could fail
-    if one.records is None:
-        assert one.why
-        return
-    assert one.records == other.records and one.value.shape[0] == len(one.records)
-    changed = changed.reshape(changed.shape[0], -1).any(axis=1)
-    assert [one.records[i] for i in np.flatnonzero(changed)] == [2]
-
-
-def test_one_record_is_not_spread_over_rows():
-    """With one record, broadcasting could make many rows of it."""
-    with Worker("alice", LAPLACE, target_epsilon=1.0) as alice:
-        x = alice.put(np.float32([[0.2, 0.5]]))
-        with refused("no sensitivity is known: add moved the records' axis"):
-            (x + np.zeros((5, 2), np.float32)).sum().get()
-
-
 def test_policies_travel_and_the_strictest_counts():
     with Worker("alice", LAPLACE, target_epsilon=5.0) as alice:
         x, z = alice.put(ROWS), alice.put(ROWS, name="z")
@@ -261,7 +124,7 @@ def test_policies_travel_and_the_strictest_counts():
             x.get()
         with refused("computed from a sum or mean over records: get"):
             (x.sum() / (x > 0).sum()).get()
-        for unbounded in (x * x, x @ W, alice.apply("exp", x), 1 / x, x + W[0], x**-1):
+        for unbounded in (x * x, x @ ROWS.T, alice.apply("exp", x), 1 / x, x + ROWS[0], x**-1):
             with refused("no public bounds.*clip them first"):
                 unbounded.sum(axis=0).get()
         with refused("max over records has no bound"):
@@ -279,85 +142,6 @@ def test_policies_travel_and_the_strictest_counts():
     with Worker("alice") as alice:
         with refused("needs a budget"):
             alice.put(ROWS, policy=LAPLACE)
-
-
-# Noise and sensitivity.
-
-QUERIES = {
-    "sum": lambda x: x.sum(),
-    "columns": lambda x: x.sum(axis=0),
-    "mean": lambda x: x.mean(axis=(0, 1)),
-    "shifted": lambda x: (-x * 3 + 2).sum(axis=0),
-    "count": lambda x: (x > 0.5).sum(axis=0),
-    "log": lambda x: x._session.apply("log", x - 0.5).clip(-2, 2).sum(),
-    "inverse": lambda x: (1 / x).clip(-1, 4).mean(axis=0, keepdims=True),
-    "kept": lambda x: x[1:, :2].mean(axis=0),
-}
-
-
-@pytest.fixture(scope="module")
-def totals():
-    """Sums of every query on neighbouring data; records that differ as much as they can."""
-    records = [[0.0] * 3, [1.0] * 3, [1e9] * 3, [-1e-3] * 3, [-1e30, 1e30, 0.5]]
-    found = {}
-    with Worker("alice", Policy.dp(0, 1, noise_multiplier=1), target_epsilon=1) as alice:
-        for name, query in QUERIES.items():
-            found[name] = []
-            for record in records:
-                data = ROWS.copy()
-                data[2] = record
-                end = query(alice.put(data))
-                node = alice._sessions[alice._local_id].nodes[end._id]
-                found[name].append(node.total)
-    return found
-
-
-@pytest.mark.parametrize("name", QUERIES)
-def test_sensitivity_covers_every_neighbour(monkeypatch, totals, name):
-    monkeypatch.setattr(
-        worker_policy, "exact_discrete_laplace", lambda scale, size: np.zeros(size, np.int64)
-    )
-    release = plan_release(totals[name][0], "laplace", 1.0)
-    answers = [noisy_answer(total, release) for total in totals[name]]
-    total = totals[name][0]
-    unit = (total.bounds[1] - total.bounds[0]) / worker_policy.GRID
-    unit /= total.summed if total.is_mean else 1
-    distances = [np.abs(a - b).sum() / unit for a in answers for b in answers]
-    assert all(np.isfinite(distances))
-    assert max(distances) <= release.scale * (1 + 1e-6)  # the noise multiplier is 1
-    assert max(distances) >= 0.99 * release.scale  # it is reached: less noise would be too little
-
-
-def test_the_answer_without_noise_is_the_clipped_sum(monkeypatch):
-    monkeypatch.setattr(
-        worker_policy, "exact_discrete_gaussian", lambda variance, size: np.zeros(size, np.int64)
-    )
-    rng = np.random.default_rng(3)
-    rows = rng.normal(size=(50, 4, 2)) * 3
-    rows[0, 0, 0], rows[1, 0, 0], rows[2, 0, 0] = np.nan, np.inf, -np.inf
-    right = np.clip(np.where(np.isnan(rows), -1, rows), -1, 2.5)
-    for axes in ((0,), (0, 2), (0, 1, 2)):
-        for is_mean in (False, True):
-            shape = np.sum(rows, axis=axes).shape
-            total = Total(rows, axes, (-1.0, 2.5), is_mean, shape)
-            found = noisy_answer(total, plan_release(total, "gaussian", 1.0))
-            wanted = (np.mean if is_mean else np.sum)(right, axis=axes)
-            np.testing.assert_allclose(found, wanted, atol=1e-6)
-
-
-@pytest.mark.parametrize("mechanism", ["laplace", "gaussian"])
-def test_noise_has_its_size(coins, mechanism):
-    """Against the mechanism's definition: scale or stddev = multiplier * sensitivity."""
-    outputs, per_record, width, multiplier = 1500, 2, 3.0, 0.7
-    rows = np.zeros((1, outputs, per_record))
-    total = Total(rows, (0, 2), (-1.0, 2.0), False, (outputs,))
-    noise = noisy_answer(total, plan_release(total, mechanism, multiplier))
-    if mechanism == "laplace":
-        found, right = np.mean(np.abs(noise)), multiplier * outputs * per_record * width
-    else:
-        right = multiplier * math.sqrt(outputs) * per_record * width
-        found = np.std(noise)
-    assert 0.9 < found / right < 1.1  # 4 standard errors of the first; 2/3 and 3/2 are far off
 
 
 def test_a_refusal_never_depends_on_the_data():
@@ -443,7 +227,7 @@ def test_epsilons_add_until_zcdp_is_less():
 def test_differencing_is_hidden_by_noise(coins):
     """With and without one record: the difference is that record, and noise of its size."""
     errors = []
-    for seed in range(40):
+    for seed in range(24):
         data = np.zeros(30, np.float32)
         data[0] = seed % 2
         with Worker("alice", Policy.dp(0, 1, noise_multiplier=2), target_epsilon=1.0) as alice:
@@ -593,124 +377,3 @@ def test_no_request_breaks_the_worker():
             reply, arrays = alice.handle(alice._local_id, header, [])
             assert "1234" not in json.dumps(reply) and not arrays
         assert x.shape == (3,) and (x + 1).shape == (3,)
-
-
-# The wire.
-
-
-def test_messages_come_back_and_broken_ones_do_not():
-    arrays = [
-        np.float32([[1, 2]]), np.array(True), np.zeros((0, 3), np.int64), np.float64([np.nan]),
-        np.asarray(jnp.bfloat16([1.5])),
-    ]  # fmt: skip
-    data = pack_message({"do": "x", "n": [1, None]}, arrays)
-    header, found = read_message_bytes(data, max_bytes=1000)
-    assert header == {"do": "x", "n": [1, None]}
-    for one, other in zip(arrays, found, strict=True):
-        assert one.dtype == other.dtype and one.tobytes() == other.tobytes()
-        assert one.shape == other.shape
-    for n in range(len(data)):
-        with pytest.raises(DpjaxError):
-            read_message_bytes(data[:n], max_bytes=1000)
-    rng = random.Random(1)
-    for _ in range(300):
-        broken = bytearray(data)
-        broken[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        with contextlib.suppress(DpjaxError):
-            read_message_bytes(bytes(broken), max_bytes=1000)
-    with refused("bytes; at most"):
-        read_message_bytes(data, max_bytes=10)
-    for text in (b'{"arrays_sent": [["float32", [1099511627775, 2]]]}', b"[" * 9999, b"[1]",
-                 b'{"arrays_sent": [["object", [1]]]}', b'{"arrays_sent": [], "n": NaN}',
-                 b'{"arrays_sent": [["float32", [-1]]]}', b"\xff"):  # fmt: skip
-        head = b"dpW\x01" + len(text).to_bytes(4, "little") + (4).to_bytes(8, "little")
-        with refused("malformed message"):
-            read_message_bytes(head + text + bytes(4), max_bytes=1000)
-    with refused("must be finite"):
-        pack_message({"number": math.inf}, [])
-
-
-def test_a_real_process_over_tls(tmp_path):
-    rows = np.full((200, 2), 0.25, np.float32)
-    np.save(tmp_path / "x.npy", rows)
-    folder = tmp_path / "alice"
-    log = tmp_path / "log"
-    command = [
-        sys.executable, "-m", "dpjax.federated.worker_cli", "--name", "alice", "--folder",
-        str(folder), "--data", f"x={tmp_path / 'x.npy'}", "--requesters", "bob", "--policy",
-        "laplace", "--target-epsilon", "0.25",
-    ]  # fmt: skip
-    with open(log, "wb") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
-    try:
-        port = json.loads(process.stdout.readline())["port"]
-        token = (folder / "bob.token").read_text()
-        cafile = folder / "certificate.pem"
-        for secret in ("bob.token", "private_key.pem", "answers.jsonl"):
-            assert (folder / secret).stat().st_mode & 0o077 == 0
-
-        # Strangers: one line each, and the worker goes on.
-        with refused("does not know this token; ask its owner"):
-            connect("127.0.0.1", port, token="x" * 43, cafile=cafile)
-        other = make_certificate(tmp_path / "other").certificate
-        with refused("is not the worker of .*; the token was not sent"):
-            connect("127.0.0.1", port, token=token, cafile=other)
-        for sent in (b"GET / HTTP/1.0\r\n\r\n", bytes(1000), pack_message({"token": token}, [])):
-            with socket.create_connection(("127.0.0.1", port), timeout=20) as plain:
-                plain.sendall(sent)
-                with pytest.raises((ConnectionError, StopIteration)):
-                    while got := plain.recv(100):
-                        assert got[0] == 21  # an alert of TLS, and the end
-                    raise StopIteration
-        context = ssl.create_default_context(cafile=cafile)
-        for sent in (b"x" * 100, b"dpW\x01" + b"\xff" * 12):
-            with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
-                with context.wrap_socket(raw, server_hostname="127.0.0.1") as tls:
-                    tls.sendall(sent)
-                    assert b"error" in tls.recv(1000)
-                    assert tls.recv(1000) == b""
-        context = ssl.create_default_context(cafile=cafile)
-        context.maximum_version = ssl.TLSVersion.TLSv1_2
-        with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
-            with pytest.raises(ssl.SSLError):
-                context.wrap_socket(raw, server_hostname="127.0.0.1")
-
-        with connect("127.0.0.1", port, token=token, cafile=cafile) as session:
-            assert session.listing()["x"].shape == (200, 2)
-            y = session["x"] * 2 + 1
-            assert repr(y) == "<pointer to float32[200,2] on alice>"
-            mean = y.mean(axis=0).get()
-            # Bounds 1 to 3: scale 10 * 2 * 2 / 200 = 0.2 for each of the two.
-            assert mean.shape == (2,) and np.all(np.abs(mean - 1.5) < 0.2 * 30)
-            assert np.array_equal(y.mean(axis=0).get(), mean)
-            with refused("alice: single records are not released"):
-                y.get()
-            own = session.put(np.float32([1, 2]))
-            assert (own + np.float32([1, 1])).get().tolist() == [2, 3]
-            y.sum().get()
-            with refused("over the budget"):
-                y.mean().get()
-            assert session.spent() == (pytest.approx(0.2), 0.0, 2)
-            with refused("the worker takes 67108864 at once"):
-                session.put(np.zeros(2**24, np.float32))
-        with refused("the connection to .* is lost"):
-            y.mean().get()
-        with connect("127.0.0.1", port, token=token, cafile=cafile) as session:
-            with refused("over the budget"):  # a new connection is no new budget
-                session["x"].mean().get()
-        assert process.poll() is None
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
-        process.stdout.close()
-    lines = log.read_text().splitlines()
-    assert len(lines) == 8, lines
-    assert all(x.startswith(("refused 127.0.0.1:", "lost 127.0.0.1:")) for x in lines), lines
-    assert token not in log.read_text()
-    with refused("cannot reach"):
-        connect("127.0.0.1", port, token=token, cafile=cafile)
-
-
-def test_functions_are_those_of_jax():
-    assert all(hasattr(jnp, name) for name in worker_rules.FUNCTIONS if name != "getitem")
-    assert pathlib.Path(worker_rules.__file__).name == "worker_rules.py"
