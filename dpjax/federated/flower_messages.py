@@ -21,6 +21,7 @@ from dpjax.federated.deployment import Answer, Plan
 from dpjax.types import PyTree
 
 ARRAYS, REQUEST, ANSWER, METRICS = "arrays", "request", "answer", "metrics"
+MESSAGE = "message"
 # Flower's ErrorCode for a message or a node that is not there: an absence, and no answer to refuse.
 _ABSENT = (3, 4, 5)
 
@@ -60,6 +61,11 @@ def client_on(reply: Any, plan: Plan) -> int | None:
     return None
 
 
+def is_absent(reply: Any) -> bool:
+    """Whether nothing came, and Flower says so."""
+    return reply.has_error() and reply.error.code in _ABSENT
+
+
 def checked_answers(
     plan: Plan,
     number: int,
@@ -78,7 +84,7 @@ def checked_answers(
     rejections = Rejections()
     seen: set[tuple[int, str] | tuple[str, bytes]] = set()
     for reply in replies:
-        if reply.has_error() and reply.error.code in _ABSENT:
+        if is_absent(reply):
             continue
         found = _check(plan, number, asked, reply, seen, l2_bound, max_weight)
         if isinstance(found, Rejection):
@@ -147,6 +153,45 @@ def to_record(arrays: Mapping[str, np.ndarray]) -> Any:
         for name, x in ((n, np.asarray(x)) for n, x in arrays.items())
     }
     return flwr.ArrayRecord({name: flwr.Array(x) for name, x in bits.items()})
+
+
+def bytes_record(data: bytes) -> Any:
+    """Flower's ArrayRecord of some bytes, which it cuts into pieces."""
+    return to_record({MESSAGE: np.frombuffer(data, np.uint8)})
+
+
+def record_bytes(record: Any, max_bytes: int) -> bytes:
+    """The way back.
+
+    Raises:
+      DpjaxError: anything else, or more.
+    """
+    array = record.get(MESSAGE)
+    if array is None or len(array.data) > max_bytes + 4096:
+        raise DpjaxError(f"a message is missing, or longer than {max_bytes} bytes")
+    try:
+        value = array.numpy()
+    except (TypeError, ValueError, OSError, EOFError) as error:
+        raise DpjaxError(f"a message that is none: {str(error)[:100]}") from None
+    if value.dtype != np.uint8 or value.ndim != 1:
+        raise DpjaxError(f"a message is {value.dtype}{list(value.shape)}, not bytes")
+    return value.tobytes()
+
+
+def secure_bytes(reply: Any, max_bytes: int) -> bytes | None:
+    """What a client answered to a query of secure aggregation, or None, which is logged."""
+    if is_absent(reply):
+        return None
+    node = reply.metadata.src_node_id
+    if reply.has_error():
+        reason = reply.error.reason
+    else:
+        try:
+            return record_bytes(reply.content.array_records.get(MESSAGE, {}), max_bytes)
+        except DpjaxError as error:
+            reason = str(error)
+    logging.getLogger("flwr").warning("node %d leaves the round: %s", node, str(reason)[:300])
+    return None
 
 
 def from_record(record: Any, like: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """A client of secure aggregation."""
 
 import dataclasses
+import json
 import secrets
 from typing import Any
 
@@ -176,6 +177,41 @@ class SecureClient:
         self_masks = tuple((c, shares[c][SHARE_BYTES:]) for c in told.survivors if shares[c])
         mask_keys = tuple((c, shares[c][:SHARE_BYTES]) for c in told.dropped if shares[c])
         return Reveal(session.id, self._number, self_masks, mask_keys).to_bytes()
+
+    def to_bytes(self) -> bytes:
+        """Its secrets between two steps, for the client's own disk: keep them as keys are kept, and
+        replace the old ones before an answer leaves."""
+        content = {
+            "step": self._step,
+            "secrets": [x.hex() for x in (self._encryption_key, self._mask_key, self._seed)],
+            "peers": [k.to_bytes().hex() for k in self._peers.values()],
+            "roster": self._roster.hex(),
+            "own_share": [str(x) for x in self._own_share],
+            "sealed": [[c, x.hex()] for c, x in self._sealed.items()],
+            "told": None if self._told is None else self._told.to_bytes().hex(),
+        }
+        return json.dumps(content).encode()
+
+    @classmethod
+    def from_bytes(
+        cls, data: bytes, session: SecureSession, number: int, identity: bytes | None = None
+    ) -> "SecureClient":
+        """The way back, for the same session; an older copy must not be used again."""
+        content = json.loads(data)
+        client = cls(session, number, identity)
+        secrets = [bytes.fromhex(x) for x in content["secrets"]]
+        client._encryption_key, client._mask_key, client._seed = secrets
+        client._exchange = exchanger(client._encryption_key)
+        peers = [Keys.from_bytes(bytes.fromhex(x)) for x in content["peers"]]
+        client._peers = {k.sender: k for k in peers}
+        client._roster = bytes.fromhex(content["roster"])
+        mine = [int(x) for x in content["own_share"]]
+        client._own_share = (mine[0], mine[1])
+        client._sealed = {c: bytes.fromhex(x) for c, x in content["sealed"]}
+        if content["told"] is not None:
+            client._told = Survivors.from_bytes(bytes.fromhex(content["told"]))
+        client._step = content["step"]
+        return client
 
     def _begin(self, step: int) -> None:
         if self._step != step:

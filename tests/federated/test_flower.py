@@ -12,6 +12,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import flower_in_memory as in_memory
 import flower_processes as processes
 import jax
 import numpy as np
@@ -23,8 +24,17 @@ from dpjax.checkpoint import Checkpointer, digest
 from dpjax.errors import DpjaxError
 from dpjax.federated import fed_avg, init_federated, private, run_round
 from dpjax.federated.deployment import Plan, init_deployed
-from dpjax.federated.flower import ServerOptions, _check_privacy, client_app
+from dpjax.federated.flower import ServerOptions, client_app
 from dpjax.federated.flower_messages import checked_answers
+from dpjax.federated.flower_secure import (
+    SecureOptions,
+    Step,
+    answer_step,
+    secure_round,
+    vector_length,
+)
+from dpjax.federated.flower_server import _check_privacy
+from dpjax.federated.secure import to_vector
 
 APP = pathlib.Path(__file__).parents[2] / "experiments" / "flower_deployment"
 LAYER = pathlib.Path(sys.prefix) / "flower" / "bin" / "python"  # from `make test`
@@ -215,6 +225,89 @@ def test_without_flower_one_line_says_what_to_install(task, monkeypatch):
     monkeypatch.setitem(sys.modules, "flwr", None)
     with pytest.raises(DpjaxError, match=r"pip install 'dpjax\[flower\]'"):
         client_app(task.plan(), lambda context: None)
+
+
+def test_private_rounds_under_secure_aggregation_equal_the_simulation(tmp_path):
+    """Signed sessions; a vector that is lost, and a server that dies after the reveal."""
+    done = subprocess.run(
+        [flower_python(), in_memory.__file__, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    plan, people = in_memory.plan(), in_memory.people()
+    state = init_federated(plan.algorithm, plan.params, len(people))
+    for number, chosen in enumerate(([0, 1, 2, 3], [0, 1, 2], [0, 1, 2, 3])):
+        key = jax.random.fold_in(in_memory.KEYS["data_key"], number)
+        cohort = people.cohort(chosen, key, batch_size=plan.batch_size)
+        state, _ = run_round(plan.algorithm, state, cohort, in_memory.KEYS["key"], engine="jit")
+    np.testing.assert_allclose(found["params"], np.asarray(state.params["w"]), rtol=0, atol=1e-6)
+    assert found["crashed"] and found["round"] == 3 and found["accepted"] == [2, 2, 2, 1 + 1]
+    # The restarted server went on with the session: nobody masked a second vector.
+    masked = [tuple(x) for x in found["steps"] if x[2] == "masked"]
+    assert len(masked) == len(set(masked)) == 12
+    assert sum(x[0] == 2 and x[2] == "reveal" for x in found["steps"]) == 8
+    assert found["equal_words"] <= 1 < found["words"]
+    assert found["releases"] == 3
+    assert found["epsilon"] == pytest.approx(in_memory.mechanism().epsilon(1e-5))
+    assert "masked updates only" in found["train"]
+    assert "in another session" in found["query.secure"]
+
+
+def test_a_session_below_the_threshold_waits_and_no_client_masks_twice(tmp_path):
+    plan, options = in_memory.plan(), SecureOptions(3)
+    length = vector_length(plan)
+    vectors = {c: np.arange(length, dtype=np.uint32) * (c + 1) + 2**31 for c in range(4)}
+    gone, asked = {("masked", 2), ("masked", 3)}, []
+
+    def at(client, step):
+        return answer_step(
+            options,
+            tmp_path / f"c{client}",
+            step,
+            number=client,
+            identity=None,
+            length=length,
+            vector=lambda: vectors[client],
+        )
+
+    def ask(queries):
+        for c, step in queries.items():
+            asked.append((step.step, c))
+            if (step.step, c) not in gone:
+                yield c, at(c, step)
+
+    def close(clients, fresh):
+        path = tmp_path / "secure.jsonl"
+        return secure_round(options, plan, path, "ab", 0, clients, ask, lambda: fresh)
+
+    with pytest.raises(DpjaxError, match="threshold"):
+        close([0, 1], b"a" * 16)  # too few to begin: nothing is kept of it
+    with pytest.raises(DpjaxError, match="2 clients are left at step 'masked'"):
+        close(range(4), b"b" * 16)
+    gone.remove(("masked", 2))
+    asked.clear()
+    result = close(range(4), b"c" * 16)  # the session goes on: only the missing are asked
+    assert [x for x in asked if x[0] in ("keys", "shares", "masked")] == [
+        ("masked", 2),
+        ("masked", 3),
+    ]
+    assert result.survivors == (0, 1, 2)
+    expected = vectors[0] + vectors[1] + vectors[2]
+    assert np.array_equal(to_vector(result.total), expected)
+    again = close(range(4), b"d" * 16)  # killed before its checkpoint: from the file, the same
+    assert np.array_equal(to_vector(again.total), expected)
+    other = Step("ab", 0, b"e" * 16, (0, 1, 2, 3), "keys", b"")
+    with pytest.raises(DpjaxError, match="in another session"):
+        at(0, other)
+    with pytest.raises(DpjaxError, match="and is asked for round -1"):
+        at(0, other._replace(round=-1))
+    at(0, other._replace(round=1))
+    with pytest.raises(DpjaxError, match="did not begin"):
+        at(0, other._replace(round=2, session=b"f" * 16, step="reveal"))
+    assert (tmp_path / "c0").stat().st_mode & 0o077 == 0
 
 
 class FakeArray:
