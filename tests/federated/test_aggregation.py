@@ -150,17 +150,17 @@ def test_values_outside_the_range_are_cut_and_counted(whole):
     np.testing.assert_allclose(info.sensitive_metrics["clipped"], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_client_that_is_not_finite_is_rejected_before_encoding(whole, bad):
+def test_a_client_that_is_not_finite_is_rejected_before_encoding(whole):
     """An integer cannot say that it was NaN: the round counts the client as rejected."""
-    broken = np.array(whole.examples["x"])
-    broken[whole.rows[3]] = bad
     algorithm = with_aggregator(sends(), fixed_point(64.0, max_clients=5), max_weight=8)
-    with_it, info, _ = one_round(algorithm, clients(broken), [0, 3, 4])
     without, _, _ = one_round(algorithm, whole, [0, 4])
-    assert int(info.sensitive_num_clients) == 3 and int(info.sensitive_num_rejected) == 1
-    jax.tree.map(np.testing.assert_array_equal, with_it.server, without.server)
-    assert with_it.clients.tolist() == [1, 0, 0, 0, 1]
+    for bad in (np.nan, np.inf, -np.inf):
+        broken = np.array(whole.examples["x"])
+        broken[whole.rows[3]] = bad
+        with_it, info, _ = one_round(algorithm, clients(broken), [0, 3, 4])
+        assert int(info.sensitive_num_clients) == 3 and int(info.sensitive_num_rejected) == 1
+        jax.tree.map(np.testing.assert_array_equal, with_it.server, without.server)
+        assert with_it.clients.tolist() == [1, 0, 0, 0, 1]
 
 
 def test_more_clients_than_the_range_allows_are_loud(whole):

@@ -108,9 +108,9 @@ def test_sparse_pairs_leave_the_sum_exact_or_say_that_they_cannot():
     rng = np.random.default_rng(7)
     outcomes = collections.Counter()
     for trial in range(25):
-        n, degree = int(rng.integers(9, 20)), int(rng.choice([4, 6]))
-        threshold = degree // 2 + 1 + int(rng.integers(2))
-        leaving = rng.permutation(n)[: int(rng.integers(0, n // 2))]
+        n, degree = int(rng.integers(11, 20)), int(rng.choice([6, 8]))
+        threshold = degree // 2 + 1
+        leaving = rng.permutation(n)[: int(rng.integers(0, n // 4 + 1))]
         stages = ("keys", "shares", "masked", "reveal")
         gone = {int(c): stages[int(rng.integers(4))] for c in leaving}
         some = vectors(n, 20, seed=trial)
@@ -124,7 +124,13 @@ def test_sparse_pairs_leave_the_sum_exact_or_say_that_they_cannot():
         assert {*found.survivors} <= stay  # without some whose group was too small to begin with
         assert found.total.tolist() == plain_sum(some, found.survivors)
         outcomes["summed", {*found.survivors} == stay] += 1
-    assert outcomes["summed", True] >= 10 and outcomes["refused"] >= 2, outcomes
+    # The ring is random; without dropouts, a quarter of the trials, it cannot fail.
+    assert outcomes["summed", True] >= 8, outcomes
+    session = new_session(range(12), 3, 8, degree=4)
+    group = session.groups()[5] - {5}
+    gone = {(c, "masked") for c in sorted(group)[:3]}
+    with pytest.raises(DpjaxError, match="group are left and the threshold is 3; nothing was"):
+        run_to("reveal", session, vectors(12, 8), gone=gone)
 
 
 def test_sparse_groups_are_mutual_connected_and_random():
