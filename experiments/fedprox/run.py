@@ -31,7 +31,6 @@ CLASSES, FEATURES = 10, 60
 DATA = {
     "alike": None,
     "synthetic (0, 0)": (0.0, 0.0),
-    "synthetic (0.5, 0.5)": (0.5, 0.5),
     "synthetic (1, 1)": (1.0, 1.0),
 }
 
@@ -76,7 +75,7 @@ class Scale:
 
 
 SCALES = {
-    "cpu": Scale(30, 10, 20, 200, (0.0, 0.5, 0.9), (0, 1, 2)),
+    "cpu": Scale(30, 10, 20, 100, (0.0, 0.5, 0.9), (0, 1)),
     "smoke": Scale(6, 4, 3, 4, (0.9,), (0,)),
 }
 
