@@ -147,8 +147,8 @@ class Clients:
         _, steps, used = work.plan(self.sizes, width)
         found = []
         for count in sorted(set(counts)):
-            room = [_room(x, count, work.num_shards) for x in (steps, used)]
-            found.append(CohortShape(-(-count // work.num_shards), *room, width))
+            room, held = (_room(x, count, work.num_shards) for x in (steps, used))
+            found.append(CohortShape(-(-count // work.num_shards), room, held, width))
         return tuple(found)
 
     def cohort(
@@ -255,7 +255,8 @@ class Clients:
             return out
 
         examples = jax.tree.map(lambda x: gathered(np.asarray(x)), self.examples)
-        return Cohort(examples, batches, *table, is_client)
+        who, first, count, epoch, size = table
+        return Cohort(examples, batches, who, first, count, epoch, size, is_client)
 
 
 class _Work(NamedTuple):
@@ -335,22 +336,44 @@ def _scrambled(x: np.ndarray) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
-def clients_by(dataset: Any, owners: Sequence[Any] | np.ndarray) -> Clients:
+def clients_by(
+    dataset: Any, owners: Sequence[Any] | np.ndarray | None = None, *, min_size: int = 1
+) -> Clients:
     """One client for each distinct owner: the natural partition.
 
     Args:
       dataset: pytree of arrays with leading axis N, or anything with ``take`` and ``len``.
-      owners: N names or numbers.
+      owners: N names or numbers, of any column. None asks the data set whose each example is, by
+        its ``people``: senders of `dpjax.data.chitchat`, speakers of `dpjax.data.shakespeare`.
+      min_size: owners with fewer examples are left out. Choose it without looking at the private
+        data, or say so in the report.
+
+    Raises:
+      DpjaxError: no owners, or none with as many examples.
 
     Example:
       >>> clients_by({"x": np.arange(3)}, ["bob", "ann", "bob"]).names
       ('ann', 'bob')
+      >>> from dpjax.data import Record, byte_tokenizer, dataset_from_records
+      >>> said = (("To be", "Hamlet"), ("or not", "Hamlet"), ("All hail", "Macbeth"))
+      >>> records = [Record(*speech) for speech in said]
+      >>> people = clients_by(dataset_from_records(records, byte_tokenizer(), 8), min_size=2)
+      >>> people.sizes.tolist()
+      [2]
     """
     examples = as_pytree(dataset)
+    if owners is None:
+        if not hasattr(dataset, "people"):
+            raise DpjaxError("the data set does not say whose its examples are; give owners")
+        owners = dataset.people()
+    assert owners is not None
     owners = np.asarray([str(o) for o in owners])
-    names, inverse = np.unique(owners, return_inverse=True)
-    rows = tuple(np.flatnonzero(inverse == n) for n in range(len(names)))
-    return Clients(examples, rows, tuple(str(n) for n in names))
+    names, inverse, sizes = np.unique(owners, return_inverse=True, return_counts=True)
+    rows = np.split(np.argsort(inverse, kind="stable"), np.cumsum(sizes)[:-1])
+    kept = np.flatnonzero(sizes >= min_size)
+    if not kept.size:
+        raise DpjaxError(f"no owner of {len(names)} has {min_size} examples; lower min_size")
+    return Clients(examples, tuple(rows[n] for n in kept), tuple(str(names[n]) for n in kept))
 
 
 def as_pytree(dataset: Any) -> PyTree:

@@ -104,7 +104,7 @@ def state_on_devices(
 
 
 def _sharding(x: Any, mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-    spec = getattr(getattr(x, "sharding", None), "spec", None)
+    spec: Any = getattr(getattr(x, "sharding", None), "spec", None)
     names = {n for part in spec or () if part for n in (part if type(part) is tuple else (part,))}
     if not names or not names <= set(mesh.axis_names):
         spec = jax.sharding.PartitionSpec()

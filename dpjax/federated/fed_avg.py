@@ -61,12 +61,10 @@ def fed_avg(
         return ServerState(params, optimizer.init(params)), ()
 
     def local_update(server, client, data, key):
-        correct = None
-        if proximal:
+        def towards_start(gradient, params):
+            return add_proximal(gradient, params, server.params, proximal)
 
-            def correct(gradient, params):
-                return add_proximal(gradient, params, server.params, proximal)
-
+        correct = towards_start if proximal else None
         params, metrics = local_training(
             loss_fn, client_optimizer, server.params, data, correct=correct
         )

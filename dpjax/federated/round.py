@@ -235,9 +235,10 @@ def _compiled(algorithm: Algorithm, engine: Engine, mesh: Any, at_once: int, sha
         return three
 
     def on_device(server, mine, cohort, key):
-        result = run_shard(algorithm, at_once, server, *_take((mine, cohort), 0), key)
-        totals = jax.lax.psum(result.totals, AXIS)
-        return ShardResult(totals, *jax.tree.map(lambda x: x[None], result[1:]))
+        own, part = _take((mine, cohort), 0)
+        result = run_shard(algorithm, at_once, server, own, part, key)
+        rest = jax.tree.map(lambda x: x[None], result._replace(totals=()))
+        return rest._replace(totals=jax.lax.psum(result.totals, AXIS))
 
     spec = jax.sharding.PartitionSpec
     # Other axes of the mesh are left to the compiler, which follows where parameters lie.
@@ -268,19 +269,21 @@ def _one_after_another(algorithm, at_once, server, mine, cohort, key) -> ShardRe
     """All shards on one device."""
 
     def shard(number):
-        return run_shard(algorithm, at_once, server, *_take((mine, cohort), number), key)
+        own, part = _take((mine, cohort), number)
+        return run_shard(algorithm, at_once, server, own, part, key)
 
     def step(total, number):
         result = shard(number)
-        return jax.tree.map(jnp.add, total, result.totals), result[1:]
+        return jax.tree.map(jnp.add, total, result.totals), result._replace(totals=())
 
     if cohort.client.shape[0] == 1:
         only = shard(0)
-        return ShardResult(only.totals, *jax.tree.map(lambda x: x[None], only[1:]))
+        rest = jax.tree.map(lambda x: x[None], only._replace(totals=()))
+        return rest._replace(totals=only.totals)
     shapes = jax.eval_shape(shard, 0).totals
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     totals, rest = jax.lax.scan(step, zeros, jnp.arange(cohort.client.shape[0]))
-    return ShardResult(totals, *rest)
+    return rest._replace(totals=totals)
 
 
 def _take(tree: PyTree, shard: Any) -> PyTree:

@@ -24,7 +24,7 @@ class Totals(NamedTuple):
 class ShardResult(NamedTuple):
     """What a device hands on."""
 
-    totals: Totals
+    totals: Any  # Totals; or their specs, or ()
     clients: PyTree  # leaves [C, ...]: what each client keeps
     updates: PyTree  # leaves [C, ...] where the algorithm combines them itself, otherwise ()
     weights: Any  # float32[C], 0 where absent or rejected; or ()
