@@ -3,6 +3,7 @@
     python experiments/memorisation/run.py --preset cpu      # what results.json holds
     python experiments/memorisation/run.py --preset gpu      # the nano model, all dialogues
     python experiments/memorisation/run.py --preset smoke    # seconds, to see that it runs
+    python experiments/memorisation/run.py --control         # epsilon 8 with and without singles
 
 Claim, hardware, duration and numbers: README.md. Every finished model leaves one file in
 ``--output``; a run that was interrupted goes on with the next model.
@@ -66,6 +67,9 @@ class Config:
     """Folder for what each model showed."""
     results: str | None = None
     """Folder for results.json and the figure (default: beside this script; smoke: nowhere)."""
+    control: bool = False
+    """Instead of all arms: the first target epsilon twice, with and without the canaries that are
+    inserted once, which tells their memorisation from the luck of their draw."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +102,8 @@ def main(config: Config) -> dict[str, Any]:
     described["canaries"] = {str(times): number for times, number in scale.canaries.items()}
     if not config.seeds:
         raise DpjaxError("seeds are empty; give at least one, e.g. 0")
+    if config.control:
+        return control(config, scale, folder)
     models = []
     for seed in config.seeds:
         for target_epsilon in (None, *config.target_epsilons):
@@ -135,6 +141,50 @@ def main(config: Config) -> dict[str, Any]:
     return found
 
 
+def control(config: Config, scale: Scale, folder: pathlib.Path) -> dict[str, Any]:
+    """Exposure of the same canaries, inserted once and not at all, under models of one arm."""
+    pairs, seconds = [], 0.0
+    for seed in config.seeds:
+        bits = []
+        for least in (1, 2):
+            path = folder / f"control-seed{seed}-least{least}.json"
+            if not path.exists():
+                made = measured(scale, config.target_epsilons[0], seed, least)
+                path.write_text(json.dumps(made) + "\n", encoding="utf-8")
+            model = json.loads(path.read_text(encoding="utf-8"))
+            found = exposure_by_sampling(
+                model["canary_losses"], model["twin_losses"], model["space_bits"]
+            ).bits[np.array(model["repetitions"]) == 1]
+            bits.append(found)
+            seconds += model["seconds"]
+            print(f"seed {seed}, from {least} repetitions: {found.mean():.3f} bits", flush=True)
+        pairs.append(np.stack(bits))
+    inside, outside = np.concatenate(pairs, axis=1)
+    more = inside - outside
+    expected, deviation = unseen_exposure(scale.twins)
+    found = {
+        "target_epsilon": config.target_epsilons[0],
+        "seeds": list(config.seeds),
+        "canaries": int(more.size),
+        "mean_bits_inserted": float(inside.mean()),
+        "mean_bits_left_out": float(outside.mean()),
+        "by_seed": [[float(part.mean()) for part in pair] for pair in pairs],
+        "z_left_out_against_unseen": float(
+            (outside.mean() - expected) / (deviation / math.sqrt(more.size))
+        ),
+        "mean_difference": float(more.mean()),
+        "standard_error": float(more.std(ddof=1) / math.sqrt(more.size)),
+        "wilcoxon_p_value": float(stats.wilcoxon(inside, outside).pvalue),
+        "correlation": float(np.corrcoef(inside, outside)[0, 1]),
+        "seconds": round(seconds),
+    }
+    if config.results is not None or config.preset != "smoke":
+        target = pathlib.Path(config.results or HERE) / "control.json"
+        target.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=2))
+    return found
+
+
 def arm_name(target_epsilon: float | None) -> str:
     """How a file and a table call it."""
     return "not private" if target_epsilon is None else f"epsilon {target_epsilon:g}"
@@ -156,8 +206,11 @@ def decoder(scale: Scale, vocabulary_size: int) -> DecoderConfig:
     )
 
 
-def material(scale: Scale, seed: int) -> tuple[Dataset, Dataset, CanarySet]:
-    """Training messages with canaries, held-out messages of other people, and the answer key."""
+def material(scale: Scale, seed: int, least: int = 1) -> tuple[Dataset, Dataset, CanarySet]:
+    """Training messages with canaries, held-out messages of other people, and the answer key.
+
+    Canaries that would be repeated fewer than ``least`` times are not inserted.
+    """
     tokenizer = byte_tokenizer()
     records = [record for record in chitchat("message") if record.text.strip()]
     chosen = np.random.default_rng(0).permutation(len(records))[: scale.messages + HELD_OUT]
@@ -175,7 +228,7 @@ def material(scale: Scale, seed: int) -> tuple[Dataset, Dataset, CanarySet]:
         repetitions=repetitions,
         num_held_out=scale.twins,
     )
-    return insert(train, canaries, seed=seed), held_out, canaries
+    return insert(train, canaries, canaries.repetitions >= least, seed=seed), held_out, canaries
 
 
 @functools.cache
@@ -184,9 +237,11 @@ def optimizer_for(iterations: int) -> optax.GradientTransformation:
     return optax.adam(optax.linear_schedule(3e-3, 3e-4, iterations))
 
 
-def measured(scale: Scale, target_epsilon: float | None, seed: int) -> dict[str, Any]:
-    """Trains one model and scores canaries and twins."""
-    data, held_out, canaries = material(scale, seed)
+def measured(
+    scale: Scale, target_epsilon: float | None, seed: int, least: int = 1
+) -> dict[str, Any]:
+    """Trains one model and scores canaries, inserted or not, and twins."""
+    data, held_out, canaries = material(scale, seed, least)
     delta = len(data) ** -1.1
     shared = {
         "sampling_probability": scale.batch / len(data),

@@ -48,6 +48,21 @@ def test_smoke(run, tmp_path, monkeypatch):
         run.main(run.Config("smoke", (), output=str(tmp_path)))
 
 
+def test_control_scores_the_same_canaries_where_they_were_left_out(run, tmp_path):
+    config = run.Config(
+        "smoke", (0,), (8.0,), output=str(tmp_path / "runs"), results=str(tmp_path), control=True
+    )
+    found = run.main(config)
+    assert json.loads((tmp_path / "control.json").read_text()) == found
+    assert found["canaries"] == 16 and found["target_epsilon"] == 8.0
+    difference = found["mean_bits_inserted"] - found["mean_bits_left_out"]
+    assert found["mean_difference"] == pytest.approx(difference)
+    made = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("runs/smoke/control-*.json"))]
+    assert [m["records"] for m in made] == [200 + 16 * (1 + 4), 200 + 16 * 4]
+    assert made[0]["canary_losses"] != made[1]["canary_losses"]
+    assert made[0]["repetitions"] == made[1]["repetitions"]
+
+
 def invented(seed, shift):
     """Losses of a model that lowers a canary's by ``shift`` for every time it was inserted."""
     rng = np.random.default_rng(seed)
