@@ -12,7 +12,7 @@ demo: .venv/.installed
 test: .venv/.reference .venv/flower/.installed
 	$(BIN)/python -m pytest -n 2
 
-test-slow: .venv/.reference
+test-slow: .venv/.reference .venv/flower/.installed
 	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: .venv/.installed

@@ -166,13 +166,16 @@ def _parse(arguments: list[str]):
 def _one_line(boxed: str, arguments: list[str]) -> str:
     """The substance of a boxed message, before its first rule."""
     words: list[str] = []
-    for line in boxed.splitlines():
+    for number, line in enumerate(boxed.splitlines()):
         text = line.strip("│╭╮╰╯ ")
-        if text.startswith("─") and words:
+        # A terminal without Unicode gets hyphens, and the title on a line of its own.
+        is_rule = text.startswith("─") or (text != "" and not text.strip("-"))
+        if is_rule and number <= 1:
+            words = []  # the box's title
+        elif is_rule and words:
             break
-        if text and not text.startswith("─"):
+        elif text and not is_rule:
             words.append(text)
-    # The first line is the box's title when it is drawn in the border.
     message = " ".join(words) or "the arguments are not understood"
     # tyro's name for the place where a subcommand's own options hang.
     message = message.replace("Error parsing __tyro-dummy-inner__.", "--")

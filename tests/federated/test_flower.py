@@ -177,6 +177,7 @@ def simulate(task, cohorts):
     return state
 
 
+@pytest.mark.slow  # waits a minute for Flower to notice a dead node, minutes on a busy machine
 @pytest.mark.timeout(900)
 def test_a_federation_of_processes_equals_the_simulation_whatever_is_killed(task, tmp_path):
     """SCAFFOLD, whose clients keep state: a lost or repeated update shows in all that follows.
