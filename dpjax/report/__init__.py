@@ -3,6 +3,7 @@
 from dpjax.report.audit import audit_section as audit_section
 from dpjax.report.card import CARD_VERSION as CARD_VERSION
 from dpjax.report.card import build_card as build_card
+from dpjax.report.federated_figures import partition_figure as partition_figure
 from dpjax.report.figures import Curve as Curve
 from dpjax.report.figures import epsilon_figure as epsilon_figure
 from dpjax.report.figures import loss_figure as loss_figure

@@ -237,17 +237,21 @@ def _axes(x_label: str, y_label: str) -> tuple[Any, Any]:
 
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.add_subplot()
+    _dress(axes, x_label, y_label)
+    figure.patch.set_visible(False)
+    return figure, axes
+
+
+def _dress(axes: Any, x_label: str, y_label: str) -> None:
     axes.set_xlabel(x_label, color=_INK, fontsize=9)
     axes.set_ylabel(y_label, color=_INK, fontsize=9)
     axes.tick_params(colors=_INK, labelsize=8, length=3, width=0.6)
     axes.grid(True, color=_INK, alpha=0.13, linewidth=0.6)
     axes.patch.set_visible(False)
-    figure.patch.set_visible(False)
     for name, spine in axes.spines.items():
         spine.set_visible(name in ("left", "bottom"))
         spine.set_color(_INK)
         spine.set_linewidth(0.6)
-    return figure, axes
 
 
 def _svg(figure: Any, axes: Any, title: str, description: str, prefix: str) -> str:

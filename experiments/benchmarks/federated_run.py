@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from federated_peers import Peer, PeerError, environment
+from federated_peers import Peer, environment
 from federated_workloads import Workload, plain_vmap, workload
 
 from dpjax.federated import FederatedState, init_federated, private, run_round
@@ -62,11 +62,10 @@ def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
         for peer in options.peers:
             if peer == "flower" and name == "cnn":
                 continue  # no bound is set for it, and it takes minutes
-            with contextlib.suppress(PeerError):
-                process = Peer(peer, environment(peer, options.environments), work, options.core)
-                stack.callback(process.close)
-                versions |= process.versions
-                rows.append(Row(peer, asking(process), []))
+            process = Peer(peer, environment(peer, options.environments), work, options.core)
+            stack.callback(process.close)
+            versions |= process.versions
+            rows.append(Row(peer, asking(process), []))
         losses = {row.name: row.run(0, True)[1] for row in rows}
         for number in range(1, rounds + 1):
             for row in rows[:: -1 if number % 2 else 1]:
